@@ -1,0 +1,101 @@
+"""The settings of a training, and the learning rate they imply."""
+
+import math
+from dataclasses import dataclass
+
+from appa_lite.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The settings of a training.
+
+    Args:
+        steps: optimiser steps; None: as many as fit in ``time_limit``.
+        batch: samples per step over all processes.
+        learning_rate: its maximum.
+        warmup: steps of linear increase.
+        schedule: 'cosine' or 'linear' decay over the training, 'constant', or 'rsqrt' (EDM2: constant, then one over a square root).
+        final: the learning rate at the end, as a fraction of the maximum (cosine and linear).
+        weight_decay: of AdamW, on parameters with two or more dimensions.
+        betas: of AdamW.
+        clip: maximum norm of the gradient; None: no clipping.
+        ema: relative standard deviation of the power-function average of the weights (EDM2: 0.05 to 0.1).
+        ema_decay: a constant decay per step instead.
+        precision: 'fp32', 'bf16' (forward passes autocast to bfloat16), or 'auto': bf16 on a GPU that has it, else fp32.
+        accumulate: pieces into which each process splits its share of the batch, to save memory.
+        validate_every: steps between validations; 0: only at the end.
+        validation_samples: samples of a validation, spread evenly over the validation set.
+        checkpoint_every: steps between checkpoints; 0: only at the end or when interrupted.
+        keep: checkpoints kept.
+        log_every: steps between rows of the log.
+        workers: processes that load data, per training process; 0: none, best for data in memory.
+        resident: keep data that is in memory on the GPU.
+        time_limit: seconds of wall clock, over all resumptions. The schedule then follows the clock, so a training that the limit
+            ends was annealed; without a limit it follows the steps and is deterministic.
+        seed: of the data order and of all noise.
+        compile: compile the model.
+    """
+
+    steps: int | None = 10_000
+    batch: int = 64
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    schedule: str = "cosine"
+    final: float = 0.01
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float | None = 1.0
+    ema: float = 0.05
+    ema_decay: float | None = None
+    precision: str = "fp32"
+    accumulate: int = 1
+    validate_every: int = 1000
+    validation_samples: int = 256
+    checkpoint_every: int = 1000
+    keep: int = 3
+    log_every: int = 50
+    workers: int = 0
+    resident: bool = False
+    time_limit: float | None = None
+    seed: int = 0
+    compile: bool = False
+
+    def __post_init__(self):
+        checks = (
+            (self.steps is not None or self.time_limit is not None, "give steps, time_limit, or both"),
+            (self.steps is None or self.steps >= 1, f"steps={self.steps} must be at least 1"),
+            (self.time_limit is None or self.time_limit > 0, f"time_limit={self.time_limit} must be a positive number of seconds"),
+            (self.batch >= 1 and self.accumulate >= 1, f"batch={self.batch} and accumulate={self.accumulate} must be at least 1"),
+            (self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive"),
+            (self.schedule in DECAYS, f"unknown schedule '{self.schedule}': choose from {', '.join(DECAYS)}"),
+            (self.precision in ("fp32", "bf16", "auto"), f"unknown precision '{self.precision}': choose from fp32, bf16, auto"),
+            (self.keep >= 1 and self.log_every >= 1, f"keep={self.keep} and log_every={self.log_every} must be at least 1"),
+            (0 < self.ema < 12**-0.5, f"ema={self.ema} must lie between 0 and 0.288"),
+            (self.ema_decay is None or 0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must lie in [0, 1)"),
+        )
+        for holds, message in checks:
+            if not holds:
+                raise UserError(message)
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The part of the training that is done: 1 when it ends."""
+        parts = [0.0]
+        if self.steps is not None:
+            parts.append(step / self.steps)
+        if self.time_limit is not None:
+            parts.append(seconds / self.time_limit)
+        return min(1.0, max(parts))
+
+    def rate(self, step: int, progress: float) -> float:
+        """The learning rate of a step (counted from zero)."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup > 0 else 1.0
+        return self.learning_rate * rise * DECAYS[self.schedule](progress, self.final)
+
+
+DECAYS = {
+    "cosine": lambda p, final: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * p)),
+    "linear": lambda p, final: final + (1 - final) * (1 - p),
+    "constant": lambda p, final: 1.0,
+    "rsqrt": lambda p, final: 1 / math.sqrt(max(1.0, p / 0.2)),
+}
