@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Everything a change must pass: the linter, then the tests. Arguments go to pytest.
+source "$(dirname "$0")/setup.sh"
+ruff check .
+python -m pytest -q "$@"
