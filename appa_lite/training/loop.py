@@ -62,12 +62,15 @@ def train(
             loop.close()
 
 
-def accelerator(precision: str) -> Accelerator:
+def accelerator(precision: str = "fp32", device: str = "auto") -> Accelerator:
     """The processes and devices the launcher gives, checked: a wrong launch otherwise trains N unrelated models in silence."""
     for flag in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         if os.environ.get(flag, "false").lower() in ("1", "true"):
             raise UserError(f"{flag} is set, but this loop replicates the model: launch with a MULTI_GPU configuration")
-    cpu = not torch.cuda.is_available()
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not cpu and local > torch.cuda.device_count():
+        raise UserError(f"{local} processes were launched for {torch.cuda.device_count()} GPUs: launch fewer, or say device=cpu")
     if precision == "auto":
         precision = "fp32" if cpu or not torch.cuda.is_bf16_supported() else "bf16"
     AcceleratorState._reset_state(reset_partial_state=False)  # a program may train several models, each in its precision
@@ -86,7 +89,7 @@ class _Loop:
 
     def __init__(self, trainable: Trainable, dataset: Dataset, validation_dataset: Dataset | None, config: TrainingConfig, run: Path):
         self.trainable, self.config, self.run = trainable, config, run
-        self.accelerator = accelerator(config.precision)
+        self.accelerator = accelerator(config.precision, config.device)
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.dataset, self.validation_dataset = (self._place(d) for d in (dataset, validation_dataset))
         run.mkdir(parents=True, exist_ok=True)
@@ -128,13 +131,23 @@ class _Loop:
             self.scores, self.scored, self.saved = state["scores"], state["scored"], state["step"]
             if self.main:
                 logger.info("resumed %s at step %d", self.run, self.step)
-        elif self.main:
-            (self.run / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
+        if self.main:
+            self._note_config()
         self.accelerator.wait_for_everyone()
         self.started = time.monotonic() - self.seconds
         timed = self.config.time_limit is not None
         total = self.config.time_limit if timed else self.config.steps
         self.log = RunLog(self.run, self.step, total, self.seconds if timed else self.step, "s" if timed else "step", self.main)
+
+    def _note_config(self) -> None:
+        """Writes ``config.json``, and warns of settings that changed since the run was started."""
+        path = self.run / "config.json"
+        now = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        before = json.loads(path.read_text()) if path.exists() and self.step else now
+        changed = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+        if changed:
+            logger.warning("%s goes on with other settings: %s", self.run, ", ".join(changed))
+        path.write_text(json.dumps(now, indent=1))
 
     def finish(self) -> dict[str, float]:
         """Last scores and checkpoint, then the model directory with the averaged weights."""
@@ -164,6 +177,7 @@ class _Loop:
     def _restore_forward(self) -> None:
         """The plain model again, without Accelerate's precision wrapper and without compilation."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        vars(self.trainable.model).pop("forward", None)  # what the wrapper leaves on the instance
         if self.config.compile:
             self.trainable.model._compiled_call_impl = None
 
@@ -240,8 +254,8 @@ class _Loop:
 
     def _loader(self, dataset: Dataset, sampler: GlobalSampler | list[list[int]]) -> DataLoader:
         own = torch.Generator().manual_seed(derive(self.config.seed, "loader"))  # keeps the global generator out of it
-        workers = self.config.workers
-        pin = self.device.type == "cuda" and not self.config.resident
+        resident = self.config.resident and self.device.type == "cuda"
+        workers, pin = 0 if resident else self.config.workers, self.device.type == "cuda" and not resident
         return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, generator=own, pin_memory=pin)
 
     def _move(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -269,7 +283,7 @@ class _Loop:
         means = self._means()
         self.log.write(self.step, self.consumed, self.seconds, "train", {**means, "learning_rate": rate})
         done = self.seconds if self.config.time_limit is not None else self.step
-        self.log.progress(done, f", step {self.step}, loss {means['loss']:.4g}")
+        self.log.progress(done, f"step {self.step}, loss {means['loss']:.4g}")
 
     def validate(self) -> dict[str, float]:
         """Scores of the averaged weights on the validation set; the main process computes them."""

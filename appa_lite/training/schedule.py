@@ -22,6 +22,7 @@ class TrainingConfig:
         clip: maximum norm of the gradient; None: no clipping.
         ema: relative standard deviation of the power-function average of the weights (EDM2: 0.05 to 0.1).
         ema_decay: a constant decay per step instead.
+        device: 'auto' (the GPU where there is one) or 'cpu'.
         precision: 'fp32', 'bf16' (forward passes autocast to bfloat16), or 'auto': bf16 on a GPU that has it, else fp32.
         accumulate: pieces into which each process splits its share of the batch, to save memory.
         validate_every: steps between validations; 0: only at the end.
@@ -48,6 +49,7 @@ class TrainingConfig:
     clip: float | None = 1.0
     ema: float = 0.05
     ema_decay: float | None = None
+    device: str = "auto"
     precision: str = "fp32"
     accumulate: int = 1
     validate_every: int = 1000
@@ -69,6 +71,7 @@ class TrainingConfig:
             (self.batch >= 1 and self.accumulate >= 1, f"batch={self.batch} and accumulate={self.accumulate} must be at least 1"),
             (self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive"),
             (self.schedule in DECAYS, f"unknown schedule '{self.schedule}': choose from {', '.join(DECAYS)}"),
+            (self.device in ("auto", "cpu"), f"unknown device '{self.device}': choose auto or cpu"),
             (self.precision in ("fp32", "bf16", "auto"), f"unknown precision '{self.precision}': choose from fp32, bf16, auto"),
             (self.keep >= 1 and self.log_every >= 1, f"keep={self.keep} and log_every={self.log_every} must be at least 1"),
             (0 < self.ema < 12**-0.5, f"ema={self.ema} must lie between 0 and 0.288"),
