@@ -1,0 +1,102 @@
+"""How a table of observations is to be read: the keys of ``configs/observations/*.yaml`` beside ``networks``."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+
+from appa_lite.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """One entry of ``variables``: value in the dataset's variable ``name`` = scale * value in the file + offset.
+
+    ``error_std`` is the default, in the dataset's units; ``level`` (low, high) keeps only the rows between the two.
+    With a scale or an offset, the file's own units are not looked at.
+    """
+
+    name: str
+    scale: float | None = None
+    offset: float | None = None
+    error_std: float | None = None
+    level: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Elevation:
+    """Correction for stations above or below the model's ground: A(x) - lapse_rate * (elev - grid elevation).
+
+    Args:
+        variable: what decreases with height.
+        lapse_rate: its units per metre.
+        grid_elevation: NetCDF or zarr file with the elevation (m) of the grid's cells; None if the fields are at 0 m.
+    """
+
+    variable: str
+    lapse_rate: float = 0.0065
+    grid_elevation: str | None = None
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """Options of `read_table` and `build_observation`.
+
+    Args:
+        time_interpolation: ``linear`` or ``nearest``.
+        variables: {name in the file: {name, scale, offset, error_std, level}}.
+        elevation: {variable, lapse_rate, grid_elevation}, or None.
+        columns: {name in the file: time, latitude, ..., observation}, for files with names of their own.
+        good_qc: flags that are accepted; no flag always is.
+        reach: cells; how far the nearest existing cell may be from a point whose four neighbours are missing.
+    """
+
+    time_interpolation: str = "linear"
+    variables: Mapping[str, Renaming] = field(default_factory=dict)
+    elevation: Elevation | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    good_qc: tuple[str, ...] = ("0", "1")
+    reach: float = 1.5
+
+    @classmethod
+    def parse(cls, options: "TableOptions | Mapping | None") -> "TableOptions":
+        """Options of a configuration; the key ``networks`` belongs to someone else and is passed over.
+
+        Raises:
+            UserError: unknown key.
+        """
+        if isinstance(options, TableOptions):
+            return options
+        options = {k: v for k, v in (options or {}).items() if k != "networks"}
+        _check(options, cls, "observations")
+        if options.get("variables"):
+            options["variables"] = {k: _entry({"name": k, **(v or {})}, Renaming, k) for k, v in options["variables"].items()}
+        if options.get("elevation"):
+            options["elevation"] = _entry(options["elevation"], Elevation, "elevation")
+        if "good_qc" in options:
+            options["good_qc"] = tuple(flag(q) for q in options["good_qc"] or ())
+        return cls(**{k: v for k, v in options.items() if v is not None})
+
+    def renaming(self, name: str) -> Renaming:
+        return self.variables.get(name, Renaming(name))
+
+
+def flag(value: object) -> str:
+    """A quality flag as text: 1, 1.0, '1' and b'1' are the same."""
+    text = (value.decode() if isinstance(value, bytes) else str(value)).strip()
+    text = text.removesuffix(".0")
+    return "" if text.lower() in ("nan", "none", "<na>") else text
+
+
+def _entry(values: Mapping, kind: type, where: str) -> object:
+    _check(values, kind, where)
+    return kind(**values)
+
+
+def _check(values: Mapping | Sequence[str], kind: type, where: str) -> None:
+    known = [f.name for f in fields(kind)]
+    for key in values:
+        if key not in known:
+            close = get_close_matches(key, known, n=1)
+            raise UserError(
+                f"{where}: unknown key '{key}'" + (f", did you mean '{close[0]}'?" if close else f", known: {', '.join(known)}")
+            )
