@@ -1,0 +1,115 @@
+"""The metrics: functions of mean statistics. All but the Gaussian CRPS take ensembles, most take any forecast."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from appa_lite.verification.base import Metric
+from appa_lite.verification.spectra import Spectrum
+from appa_lite.verification.statistics import CRPS, AbsoluteError, Error, PredictedSquaredError, Ranks, SquaredError, Variance
+
+Means = Mapping[str, np.ndarray]
+
+
+class RMSE(Metric):
+    """sqrt(mean (f - o)^2) of the ensemble mean."""
+
+    name = "rmse"
+    statistics = (SquaredError(),)
+
+    def value(self, means: Means) -> np.ndarray:
+        return np.sqrt(means["squared_error"])
+
+
+class Bias(Metric):
+    """mean (f - o)."""
+
+    name = "bias"
+    statistics = (Error(),)
+
+    def value(self, means: Means) -> np.ndarray:
+        return means["error"]
+
+
+class MAE(Metric):
+    """mean |f - o| of the ensemble mean."""
+
+    name = "mae"
+    statistics = (AbsoluteError(),)
+
+    def value(self, means: Means) -> np.ndarray:
+        return means["absolute_error"]
+
+
+class FairCRPS(Metric):
+    """The mean CRPS: fair for an ensemble, in closed form for a Gaussian, the absolute error for a single state."""
+
+    name = "crps_fair"
+
+    def __init__(self, seed: int = 0):
+        self.statistics = (CRPS(seed),)
+
+    def value(self, means: Means) -> np.ndarray:
+        return means["crps"]
+
+
+class Spread(Metric):
+    """sqrt(mean unbiased variance)."""
+
+    name = "spread"
+    statistics = (Variance(),)
+
+    def value(self, means: Means) -> np.ndarray:
+        return np.sqrt(means["variance"])
+
+
+class SpreadSkill(Metric):
+    """sqrt(mean of ((n + 1) / n s^2 + R)) / RMSE: one for a reliable ensemble, of any size; less is overconfident."""
+
+    name = "spread_skill"
+    statistics = (PredictedSquaredError(), SquaredError())
+
+    def value(self, means: Means) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.sqrt(means["predicted_squared_error"] / means["squared_error"])
+
+
+class RankShape(Metric):
+    """A coefficient of the rank histogram r(xi) ~ 1 + slope P1(xi) + u P2(xi), xi from -1 to 1, r = 1 when it is flat.
+
+    ``rank_slope`` (degree 1): positive when the truth ranks high, so that the forecast is too low. ``rank_u`` (degree 2):
+    positive for a U, an overconfident ensemble; the ends exceed the middle by 1.5 u. The contrasts are those of
+    Jolliffe and Primo 2008, https://doi.org/10.1175/2007MWR2219.1.
+    """
+
+    def __init__(self, degree: int, seed: int = 0):
+        self.degree, self.name, self.statistics = degree, {1: "rank_slope", 2: "rank_u"}[degree], (Ranks(seed),)
+
+    def value(self, means: Means) -> np.ndarray:
+        ratio = means["ranks"] * means["ranks"].shape[-1]
+        position = (2 * np.arange(ratio.shape[-1]) + 1) / ratio.shape[-1] - 1
+        basis = np.polynomial.legendre.legvander(position, min(2, ratio.shape[-1] - 1))
+        if self.degree >= basis.shape[1]:
+            return np.full(ratio.shape[:-1], np.nan)
+        return (ratio @ np.linalg.pinv(basis).T)[..., self.degree]
+
+
+class PowerRatio(Metric):
+    """Power of the members over the truth's in the shorter half of the resolved wavelengths: one for realistic texture."""
+
+    name = "power_ratio_small"
+
+    def __init__(self, periodic: tuple[bool, ...]):
+        self.statistics = (Spectrum("members", periodic), Spectrum("truth", periodic))
+
+    def value(self, means: Means) -> np.ndarray:
+        half = means["spectrum_truth"].shape[-1] // 2
+        return means["spectrum_members"][..., half:].sum(-1) / means["spectrum_truth"][..., half:].sum(-1)
+
+
+def standard(seed: int = 0, ensemble: bool = True, periodic: tuple[bool, ...] | None = None) -> tuple[Metric, ...]:
+    """The metrics of ``verify``: those that need members for ensembles only, those that need whole fields given ``periodic``."""
+    metrics = [RMSE(), Bias(), MAE(), FairCRPS(seed), Spread(), SpreadSkill()]
+    metrics += [RankShape(1, seed), RankShape(2, seed)] if ensemble else []
+    metrics += [PowerRatio(periodic)] if periodic is not None else []
+    return tuple(metrics)

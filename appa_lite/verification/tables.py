@@ -1,0 +1,89 @@
+"""Tables of scores: flat records in files, and the same for people."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from appa_lite.core.errors import UserError
+
+COLUMNS = ("system", "variable", "metric", "lead_time", "value", "low", "high", "count")
+SHOWN = ("rmse", "crps_fair", "spread_skill", "bias", "rank_slope", "rank_u")
+Record = dict[str, object]
+
+
+def check_table_path(path: str | Path) -> None:
+    """Raise UserError unless the name ends in .json or .csv."""
+    if Path(path).suffix not in (".json", ".csv"):
+        raise UserError(f"cannot write scores to {path}: expected a name that ends in .json or .csv")
+
+
+def dumps(records: list[Record], suffix: str) -> str:
+    """Records as a JSON list or as CSV, by the ending."""
+    if suffix == ".json":
+        return "[\n" + ",\n".join(json.dumps(r, allow_nan=False) for r in records) + "\n]\n"
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def duration(seconds: float | None) -> str:
+    """'6 h', '2.5 d'; empty for analyses."""
+    if seconds is None:
+        return ""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= (2 * size if unit == "d" and seconds % size else size):
+            return f"{seconds / size:.4g} {unit}"
+    return f"{seconds:.4g} s"
+
+
+def leads(records: Iterable[Record], most: int) -> list[float | None]:
+    """At most so many lead times, evenly chosen from those after zero."""
+    every = sorted({r["lead_time"] for r in records if r["lead_time"]})
+    if not every:
+        return sorted({r["lead_time"] for r in records}, key=lambda v: v or 0.0)[:1]
+    if len(every) <= most:
+        return every
+    return [every[round((k + 1) * len(every) / most) - 1] for k in range(most)]
+
+
+def format_number(value: object) -> str:
+    return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def format_table(records: list[Record], most_leads: int = 5) -> str:
+    """A readable table: a block per variable and lead, a row per system, a column per metric with its interval."""
+    lines = []
+    chosen = leads(records, most_leads)
+    lookup = {(r["variable"], r["lead_time"], r["system"], r["metric"]): r for r in records}
+    systems = list(dict.fromkeys(r["system"] for r in records))
+    columns = [m for m in SHOWN if any(r["metric"] == m for r in records)]
+    width = max(len(s) for s in systems)
+    for variable in dict.fromkeys(r["variable"] for r in records):
+        for lead in chosen:
+            rows = []
+            for system in systems:
+                cells = [lookup.get((variable, lead, system, m)) for m in columns]
+                if any(cells):
+                    rows.append(f"  {system:<{width}}" + "".join(f"{_cell(c):>27}" for c in cells))
+            if rows:
+                title = variable + (f", lead {duration(lead)}" if lead is not None else "")
+                lines += [title, "  " + " " * width + "".join(f"{m:>27}" for m in columns), *rows, ""]
+    differences = [r for r in records if "_minus_" in r["metric"] and r["lead_time"] in chosen and r["low"] is not None]
+    if differences:
+        lines.append("paired differences (negative: the first is better)")
+        for r in differences:
+            lead = f", lead {duration(r['lead_time'])}" if r["lead_time"] is not None else ""
+            metric, other = str(r["metric"]).split("_minus_")
+            lines.append(f"  {r['variable']}{lead}: {metric} of {r['system']} minus {other}: {_cell(r)}")
+    return "\n".join(lines)
+
+
+def _cell(record: Record | None) -> str:
+    if record is None or record["value"] is None:
+        return "-"
+    interval = "" if record["low"] is None else f" [{format_number(record['low'])}, {format_number(record['high'])}]"
+    return format_number(record["value"]) + interval
