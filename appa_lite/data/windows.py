@@ -65,9 +65,7 @@ class WindowDataset(Dataset):
             raise UserError(f"no window of {frames} frames fits in trajectories of {length} frames: use longer trajectories")
 
     @classmethod
-    def from_xarray(
-        cls, dataset: xr.Dataset, spec: FieldSpec, frames: int, stride: int = 1, memory_limit: float = 4e9
-    ) -> "WindowDataset":
+    def from_xarray(cls, dataset: xr.Dataset, spec: FieldSpec, frames: int, stride: int = 1, memory_limit: float = 4e9) -> "WindowDataset":
         """Windows of a dataset ``([trajectory], time, <grid dims>)``, loaded at once when smaller than ``memory_limit`` bytes."""
         missing = [n for n in spec.names if n not in dataset]
         if missing:

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from appa_lite.core.errors import UserError
+
 logger = logging.getLogger(__name__)
 STATE = "state.json"
 
@@ -20,6 +22,9 @@ def save(directory: Path, step: int, tensors: dict[str, dict[str, Tensor]], stat
     """Writes ``directory/step_XXXXXXX`` with one safetensors file per entry of ``tensors``, then removes all but the last ``keep``.
 
     The files are written beside their final place, which they take by a rename; ``state`` gains the digest of each.
+
+    Raises:
+        UserError: they cannot be written (a full disk).
     """
     directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"step_{step:07d}"
@@ -27,11 +32,15 @@ def save(directory: Path, step: int, tensors: dict[str, dict[str, Tensor]], stat
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     digests = {}
-    for name, entries in tensors.items():
-        path = partial / f"{name}.safetensors"
-        save_file({k: v.detach().to("cpu").contiguous() for k, v in entries.items()}, path)
-        digests[path.name] = _digest(path)
-    (partial / STATE).write_text(json.dumps({**state, "step": step, "digests": digests}, indent=1))
+    try:
+        for name, entries in tensors.items():
+            path = partial / f"{name}.safetensors"
+            save_file({k: v.detach().to("cpu").contiguous() for k, v in entries.items()}, path)
+            digests[path.name] = _digest(path)
+        (partial / STATE).write_text(json.dumps({**state, "step": step, "digests": digests}, indent=1))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot write the checkpoint {final} ({error}): make room, then run the same command to go on") from error
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     for old in sorted(directory.glob("step_*"))[:-keep]:

@@ -1,15 +1,42 @@
 """Training of the latent video diffusion model."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import Dataset
 
+from appa_lite.core.random import generator
+from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.models.denoiser import LatentDenoiser
 from appa_lite.training.base import SampleNoise, Trainable
 
 
+class LatentWindows(Dataset):
+    """Windows of latents: items {'latents': (T, Z, h, w), 'forcing': (T, P) if any, 'index'}.
+
+    Args:
+        latents: (N, T, Z, h, w) trajectories; forcing: (T, P) of every frame, or None; frames: of a window; stride: between starts.
+    """
+
+    def __init__(self, latents: Tensor, forcing: Tensor | None, frames: int, stride: int = 1):
+        if latents.shape[1] < frames:
+            raise ValueError(f"trajectories of {latents.shape[1]} latent frames are shorter than a window of {frames}")
+        self.latents, self.forcing, self.frames = latents, forcing, frames
+        self.starts = [(n, t) for n in range(latents.shape[0]) for t in range(0, latents.shape[1] - frames + 1, stride)]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict:
+        n, t = self.starts[index]
+        item = {"latents": self.latents[n, t : t + self.frames], "index": index}
+        return item if self.forcing is None else item | {"forcing": self.forcing[t : t + self.frames]}
+
+
+@dataclass
 class DenoiserTraining(Trainable):
     """Denoising score matching with log-uniform noise levels (Karras et al. 2022, eq. 2, with our preconditioning).
 
@@ -18,22 +45,29 @@ class DenoiserTraining(Trainable):
     One is the loss of the Gaussian prior with the climatological covariance (F = 0): what is below one was learned.
 
     Args:
-        model: with its climatology installed; sigma_low, sigma_high: range of training noise levels.
+        model: with its climatology installed; base: the checkpoint of the autoencoder; low, high: noise levels of the training;
+        test: windows never trained on, for the covariance of the errors; half: store in half precision.
     """
 
-    def __init__(self, model: LatentDenoiser, sigma_low: float, sigma_high: float):
-        self.model = model
-        self.low, self.ratio = sigma_low, sigma_high / sigma_low
-        self.scale_of = model.residual_scale
+    model: LatentDenoiser
+    base: Checkpoint
+    low: float
+    high: float
+    test: LatentWindows
+    settings: dict
+    half: bool = False
 
-    def _terms(self, model: nn.Module, batch: dict[str, Tensor], noise: SampleNoise) -> tuple[Tensor, Tensor]:
+    def __post_init__(self):
+        self.scale_of = self.model.residual_scale
+
+    def _terms(self, model: torch.nn.Module, batch: dict[str, Tensor], noise: SampleNoise) -> tuple[Tensor, Tensor]:
         z = batch["latents"]
-        sigma = self.low * self.ratio ** noise.stratified()
+        sigma = self.low * (self.high / self.low) ** noise.stratified()
         x = z + sigma[:, None, None, None, None] * noise.normal(z.shape[1:])
         error = (model(x, sigma, batch.get("forcing")) - z).square().mean((1, 2, 3, 4))
         return error / self.scale_of(sigma, z.shape[1]) ** 2, sigma
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], noise: SampleNoise) -> dict[str, Tensor]:
+    def loss(self, model: torch.nn.Module, batch: dict[str, Tensor], noise: SampleNoise) -> dict[str, Tensor]:
         terms, _ = self._terms(model, batch, noise)
         return {"loss": terms.mean()}
 
@@ -41,9 +75,51 @@ class DenoiserTraining(Trainable):
         """The loss, and its mean over each third of the (logarithmic) range of noise levels."""
         results = [self._terms(self.model, batch, noise) for batch, noise in batches]
         terms, sigma = torch.cat([r[0] for r in results]).double(), torch.cat([r[1] for r in results])
-        third = (3 * torch.log(sigma / self.low) / torch.log(torch.tensor(self.ratio))).long().clamp(0, 2)
+        third = (3 * torch.log(sigma / self.low) / torch.log(torch.tensor(self.high / self.low))).long().clamp(0, 2)
         names = ("low", "middle", "high")
         return {"loss": float(terms.mean())} | {f"loss_{n}_noise": float(terms[third == i].mean()) for i, n in enumerate(names)}
 
     def export(self, directory: Path) -> None:
-        self.model.save_pretrained(directory)
+        """Measure the covariance of the errors on windows never trained on, and save the model with its autoencoder."""
+        model = self.model.cpu()
+        measure_residuals(model, self.test)
+        Checkpoint(self.base.spec, self.base.normalizer, self.base.autoencoder, model, self.base.settings | self.settings).save(
+            directory, self.half
+        )
+
+
+@torch.no_grad()
+def measure_residuals(model: LatentDenoiser, windows: LatentWindows, most: int = 192, batch: int = 16) -> None:
+    """Set r(sigma), the variance of z - D(z_t) over the Gaussian's, per mode and temporal index, averaged over neighbours.
+
+    Averages over 2 w + 1 neighbouring modes (w one 64th of the modes) tame the sampling noise of ``most`` windows.
+    """
+    chosen = torch.linspace(0, len(windows) - 1, min(most, len(windows))).long().tolist()
+    draw = generator(0, "residuals")
+    items = [windows[i] for i in chosen]
+    z = torch.stack([item["latents"] for item in items])
+    forcing = torch.stack([item["forcing"] for item in items]) if "forcing" in items[0] else None
+    covariance, frames = model.covariance, z.shape[1]
+    _, values = covariance.eigen(frames)
+    noise = torch.randn(z.shape, generator=draw)
+    for i, level in enumerate(model.config.noise_levels):
+        sigma = torch.tensor(level)
+        errors = []
+        for part in range(0, len(z), batch):
+            cut = slice(part, part + batch)
+            x = z[cut] + sigma * noise[cut]
+            errors.append(z[cut] - model(x, sigma.expand(len(x)), None if forcing is None else forcing[cut]))
+        error = torch.cat(errors).flatten(2)
+        power = covariance.project(error).square().mean(0)
+        ratio = power / (values * sigma**2 / (values + sigma**2))
+        model.residual_ratio[i].copy_(_smooth(ratio).clamp(0.02, 10.0))
+        if covariance.has_remainder:
+            rest = (error.square().sum() - covariance.project(error).square().sum()) / (error.numel() - power.numel() * len(error))
+            expected = covariance.remainder * sigma**2 / (covariance.remainder + sigma**2)
+            model.residual_ratio_rest[i] = (rest / expected).clamp(0.02, 10.0)
+
+
+def _smooth(ratio: Tensor) -> Tensor:
+    half = ratio.shape[0] // 64 or (1 if ratio.shape[0] > 8 else 0)
+    padded = torch.nn.functional.pad(ratio.T[None], (half, half), mode="replicate") if half else ratio.T[None]
+    return torch.nn.functional.avg_pool1d(padded, 2 * half + 1, stride=1)[0].T

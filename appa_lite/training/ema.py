@@ -31,7 +31,7 @@ class WeightAverage:
         self.decay = decay
         self.gamma = power_exponent(std)
         self.average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        self._trained = [name for name, p in model.named_parameters() if p.requires_grad and name in self.average]
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def beta(self, step: int) -> float:
         """The weight of the past at ``step`` (the first update is step 1)."""
@@ -41,33 +41,31 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        parameters = dict(self.model.named_parameters())
-        torch._foreach_lerp_(
-            [self.average[name] for name in self._trained], [parameters[name].detach() for name in self._trained], 1 - self.beta(step)
-        )
+        """Moves the average towards the weights that ``step`` optimiser steps have reached."""
+        averages = [self.average[name] for name in self._trained]
+        torch._foreach_lerp_(averages, list(self._trained.values()), 1 - self.beta(step))
 
     @torch.no_grad()
     def load(self, average: dict[str, Tensor]) -> None:
+        """Takes the average from what `state` returned."""
         for name, value in self.average.items():
             value.copy_(average[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the context the model holds the averaged weights."""
-        trained = set(self._trained)
-        parameters = {name: p for name, p in self.model.named_parameters() if name in trained}
-        with torch.no_grad():
-            kept = {name: p.detach().clone() for name, p in parameters.items()}
-            for name, p in parameters.items():
-                p.copy_(self.average[name])
+        kept = {name: p.detach().clone() for name, p in self._trained.items()}
+        self._put(self.average)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, p in parameters.items():
-                    p.copy_(kept[name])
+            self._put(kept)
+
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, p in self._trained.items():
+            p.copy_(values[name])
 
     def state(self) -> dict[str, Tensor]:
         """The average, complete with the current buffers and frozen parameters."""
-        trained = set(self._trained)
-        return {name: self.average[name] if name in trained else value.detach() for name, value in self.model.state_dict().items()}
+        return {name: self.average[name] if name in self._trained else v.detach() for name, v in self.model.state_dict().items()}

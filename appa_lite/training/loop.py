@@ -1,8 +1,4 @@
-"""The one training loop, for any `Trainable`, on one process or many, through Accelerate.
-
-    from appa_lite.training.loop import TrainingConfig, train
-    metrics = train(trainable, dataset, validation_dataset, TrainingConfig(steps=1000), Path("runs/mine"))
-"""
+"""The one training loop, for any `Trainable`, on one process or many, through Accelerate: see `train`."""
 
 import dataclasses
 import json
@@ -45,6 +41,8 @@ def train(
 ) -> dict[str, float]:
     """Trains, or goes on training what is in ``run``; returns the validation scores of the averaged weights.
 
+    ``train(trainable, WindowDataset(fields, times, frames=8), None, TrainingConfig(steps=1000), Path("runs/mine"))``
+
     The run directory holds ``config.json``, ``metrics.csv``, ``tensorboard/``, ``checkpoints/``, ``summary.json`` and, in
     the end, ``model/`` as written by ``trainable.export`` with the averaged weights, which the trainable's model then holds.
 
@@ -52,7 +50,7 @@ def train(
         UserError: settings that do not fit the data or the launcher, or a loss that is not finite.
         Interrupted: on SIGTERM or SIGINT, after a checkpoint was saved.
     """
-    with torch.random.fork_rng(), _signals() as caught:
+    with torch.random.fork_rng(devices=[]), _signals() as caught:
         loop = _Loop(trainable, dataset, validation_dataset, config, Path(run))
         try:
             loop.resume()
