@@ -10,7 +10,7 @@ from appa_lite import __version__
 from appa_lite.core.errors import UserError
 
 COMMANDS = {
-    "quickstart": ("everything at once on the shipped ocean: truth, observations, reanalysis, forecast, scores, report", "out=runs/quickstart"),
+    "quickstart": ("everything at once on the shipped ocean, from a truth to a report", "out=runs/quickstart"),
     "simulate": ("run a simulator: trajectories to train on and truths to test with", "experiment=lorenz96 out=runs/truth.zarr"),
     "observe": ("draw an honest, noisy observation file from a truth", "experiment=lorenz96 truth=runs/truth.zarr out=runs/obs.parquet"),
     "train": (

@@ -254,15 +254,22 @@ class _Layers:
         *parents, last = path.split(".")
         target, base, free = self.config, self.base, new
         for depth, name in enumerate(parents):
+            here = ".".join(parents[: depth + 1])
+            if isinstance(target, list):
+                if not name.isdigit() or int(name) >= len(target):
+                    raise UserError(f"{here}: expected a number below {len(target)}, the place in a list")
+                target = target[int(name)]
+                continue
             if name not in target and not free:
-                raise unknown(f"key of {self.command}", ".".join(parents[: depth + 1]), target)
+                raise unknown(f"key of {self.command}", here, target)
             free = free or name in OBJECTS or "class" in target
-            inner = target.get(name)
-            if not isinstance(inner, dict):
-                if inner not in (None, "???"):
-                    raise UserError(f"{'.'.join(parents[: depth + 1])} is a value, not a mapping: {path} cannot be set")
-                inner = target[name] = {}
-            target, base = inner, base.get(name) if isinstance(base.get(name), dict) else {}
+            if target.get(name) in (None, "???"):
+                target[name] = {}
+            target, base = target[name], base.get(name) if isinstance(base.get(name), dict) else {}
+            if not isinstance(target, dict | list):
+                raise UserError(f"{here} is a value, not a mapping: {path} cannot be set")
+        if isinstance(target, list):
+            raise UserError(f"{path} is within a list: give the whole list, or a key of one of its mappings")
         self._merge(target, last, value, base, self.command, free or "class" in target)
 
     def _merge(self, target: dict, key: str, value: Any, base: dict, where: str, free: bool = False) -> None:
@@ -292,7 +299,7 @@ class _Layers:
 
 
 def _top(command: str) -> set[str]:
-    return {key for key, _, _ in describe(command) if "." not in key}
+    return {key.split(".")[0] for key, _, _ in describe(command)}
 
 
 def _conform(name: str, value: Any, default: Any) -> Any:

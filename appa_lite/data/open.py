@@ -49,34 +49,57 @@ def open_fields(
     name = "the dataset" if isinstance(source, xr.Dataset) else str(source)
     dataset = source if isinstance(source, xr.Dataset) else open_dataset(source)
     try:
-        if "field_spec" in dataset.attrs:
-            return _own(dataset, variables, options)
-        return _foreign(dataset, variables, options)
+        spec = _stored_spec(dataset)
+        if spec is None:
+            return _foreign(dataset, variables, options)
+        if variables is not None:
+            kept = tuple(spec.variables[spec.index(name)] for name in variables)
+            spec = replace(spec, variables=kept, derived=tuple(d for d in spec.derived if set(d.inputs) <= set(variables)))
+        if _same_grid(dataset, spec):
+            return _own(dataset, spec, options)
+        dataset, cut = _foreign(dataset, spec.names, options)
+        return dataset, replace(cut, derived=spec.derived)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
 
-def _own(dataset: xr.Dataset, variables: Sequence[str] | None, options: Mapping[str, Any]) -> tuple[xr.Dataset, FieldSpec]:
-    """A dataset that says itself what it holds."""
+def _stored_spec(dataset: xr.Dataset) -> FieldSpec | None:
+    if "field_spec" not in dataset.attrs:
+        return None
     try:
-        spec = FieldSpec.from_dict(json.loads(dataset.attrs["field_spec"]))
+        return FieldSpec.from_dict(json.loads(dataset.attrs["field_spec"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"its attribute field_spec is damaged ({error}): remove it to read the file as any other") from error
-    if variables is not None:
-        kept = tuple(spec.variables[spec.index(name)] for name in variables)
-        spec = replace(spec, variables=kept, derived=tuple(d for d in spec.derived if set(d.inputs) <= set(variables)))
+
+
+def _same_grid(dataset: xr.Dataset, spec: FieldSpec) -> bool:
+    """Whether the dataset is still on the grid it was written with, rather than a part of it that somebody cut out."""
+    axes = dict(zip(spec.grid.dims, (spec.grid.y, spec.grid.x)[-len(spec.grid.dims) :], strict=True))
+    return all(dim in dataset.coords and np.array_equal(dataset[dim].values, values) for dim, values in axes.items())
+
+
+def _own(dataset: xr.Dataset, spec: FieldSpec, options: Mapping[str, Any]) -> tuple[xr.Dataset, FieldSpec]:
+    """A dataset that says itself what it holds."""
     absent = [name for name in spec.names if name not in dataset]
     if absent:
         raise UserError(f"variables {absent} are missing: it has {', '.join(map(str, dataset.data_vars))}")
-    return _period(dataset, options), spec
+    for variable in spec.variables:
+        if dataset[variable.name].attrs.get("units", "1") != variable.units:
+            found = dataset[variable.name].attrs.get("units", "1")
+            raise UserError(f"'{variable.name}' is in {found} but was written in {variable.units}: convert it back")
+    dataset = _period(dataset, options)
+    if dataset.sizes.get("time", 0) > 1 and "prediction_timedelta" not in dataset.dims:
+        step = _step(dataset, options)
+        spec = spec if abs(step - spec.step) <= 1e-6 * spec.step else replace(spec, step=step)
+    return dataset, spec
 
 
 def _foreign(dataset: xr.Dataset, variables: Sequence[str] | None, options: Mapping[str, Any]) -> tuple[xr.Dataset, FieldSpec]:
     dataset = _renamed(dataset)
     dims = _grid_dims(dataset)
-    dataset = _level(dataset, dims, options)
+    dataset = _time(_level(dataset, dims, options), options)
     dataset = dataset[_select(dataset, variables, dims)]
-    dataset = _longitudes(_ascending(_time(dataset, options), dims), dims)
+    dataset = _longitudes(_ascending(dataset, dims), dims)
     dataset = dataset.transpose(*(d for d in ("trajectory", "time", "number") if d in dataset.dims), *dims)
     dataset, mask = _missing(dataset, dims, options)
     names = list(dataset.data_vars)
@@ -206,12 +229,12 @@ def _grid(dataset: xr.Dataset, dims: tuple[str, ...], options: Mapping[str, Any]
     axes = {d: dataset[d].values.astype(np.float64) for d in dims}
     for dim, values in axes.items():
         gaps = np.diff(values)
-        if len(gaps) > 1 and gaps.max() - gaps.min() > 0.01 * gaps.mean():
+        if len(gaps) > 1 and gaps.max() - gaps.min() > (0.1 if dim == "latitude" else 0.01) * gaps.mean():
             raise UserError(f"coordinate '{dim}' has unequal spacings, from {gaps.min():g} to {gaps.max():g}: regrid it to equal ones")
     x = axes[dims[-1]]
     periodic = tuple(bool(p) for p in options.get("periodic", (False, False)))
     if dims[-1] == "longitude":
-        periodic = (False, len(x) > 1 and abs(len(x) * (x[-1] - x[0]) / (len(x) - 1) - 360.0) < 1e-3 * 360.0)
+        periodic = (False, bool(len(x) > 1 and abs(len(x) * (x[-1] - x[0]) / (len(x) - 1) - 360.0) < 0.36))
         if abs(axes["latitude"]).max() > 90.0 + 1e-6:
             raise UserError("latitudes beyond 90 degrees: are the axes of the grid named the wrong way round?")
     return Grid(dims, tuple(axes[dims[0]].tolist()) if len(dims) == 2 else (0.0,), tuple(x.tolist()), periodic)
@@ -260,7 +283,7 @@ def _period(dataset: xr.Dataset, options: Mapping[str, Any]) -> xr.Dataset:
     if options.get("start") is None and options.get("end") is None:
         return dataset
     times = dataset["time"].values
-    first, last = (_date(options[key], key) if options.get(key) is not None else None for key in ("start", "end"))
+    first, last = (parse_date(options[key], key) if options.get(key) is not None else None for key in ("start", "end"))
     keep = np.ones(len(times), bool) if first is None else times >= first
     keep = keep if last is None else keep & (times <= last)
     if not keep.any():
@@ -269,8 +292,12 @@ def _period(dataset: xr.Dataset, options: Mapping[str, Any]) -> xr.Dataset:
     return dataset.isel(time=np.flatnonzero(keep))
 
 
-def _date(value: Any, key: str) -> np.datetime64:
-    """A date; the end of the day for an ``end`` without an hour."""
+def parse_date(value: Any, key: str) -> np.datetime64:
+    """The date of a configuration key, UTC, datetime64[ns]; the last moment of the day for an ``end`` without an hour.
+
+    Raises:
+        UserError: not a date.
+    """
     try:
         date = pd.Timestamp(str(value))
     except ValueError as error:
