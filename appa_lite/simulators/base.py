@@ -11,7 +11,7 @@ from torch import Tensor
 
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec
-from appa_lite.core.random import Streams
+from appa_lite.core.random import Streams, generator
 
 
 class Simulator(ABC):
@@ -54,6 +54,11 @@ class Simulator(ABC):
         return state * (1 + 0.01 * noise).to(state)
 
 
+def forcing_noise(shape: tuple[int, ...], seed: int, members: Sequence[int], frame: int, *names: str) -> Tensor:
+    """Normal draws (B, *shape), float64 on the CPU, that drive ``frame``: a function of (seed, names, member, frame)."""
+    return torch.stack([torch.randn(shape, generator=generator(seed, *names, m, frame), dtype=torch.float64) for m in members])
+
+
 def states(
     simulator: Simulator,
     seed: int,
@@ -77,7 +82,8 @@ def states(
         start = start if isinstance(start, Tensor) else load_states(start)
         shape = simulator.initial(seed, members[:1]).shape[1:]
         if start.shape[1:] != shape or not len(start):
-            raise UserError(f"start states must be (count, {', '.join(map(str, shape))}), got {tuple(start.shape)}: they belong to another simulator")
+            expected = f"(count, {', '.join(map(str, shape))})"
+            raise UserError(f"start states must be {expected}, got {tuple(start.shape)}: they belong to another simulator")
         state = simulator.perturb(start[[m % len(start) for m in members]].to(device), seed, members)
     for frame in range(spinup + frames):
         if frame >= spinup:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from appa_lite.core.errors import UserError
-from appa_lite.core.random import Streams, generator
-from appa_lite.simulators.base import Simulator
+from appa_lite.core.random import Streams
+from appa_lite.simulators.base import Simulator, forcing_noise
 from appa_lite.simulators.rings import TIME_UNIT, check_finite, ring_spec
 from appa_lite.simulators.stepping import rk4
 
@@ -74,8 +74,7 @@ class Lorenz96(Simulator):
             for _ in range(self.steps_per_frame):
                 state = rk4(self.tendency, state, self.dt)
             return check_finite(state, members, "Lorenz-96", self.dt)
-        shape = (self.steps_per_frame, self.K)
-        noise = torch.stack([torch.randn(shape, generator=generator(seed, "lorenz96", "forcing", m, frame), dtype=torch.float64) for m in members]).to(state)
+        noise = forcing_noise((self.steps_per_frame, self.K), seed, members, frame, "lorenz96", "forcing").to(state)
         keep = math.exp(-self.dt / self.forcing_memory)
         x, forcing = state.split(self.K, dim=1)
         for step in range(self.steps_per_frame):

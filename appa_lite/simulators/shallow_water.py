@@ -11,8 +11,8 @@ from torch import Tensor
 
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import Derived, FieldSpec, Grid, Variable
-from appa_lite.core.random import Streams, generator
-from appa_lite.simulators.base import Simulator
+from appa_lite.core.random import Streams
+from appa_lite.simulators.base import Simulator, forcing_noise
 from appa_lite.simulators.stepping import ssp_rk3
 
 GRAVITY = 9.81
@@ -194,10 +194,10 @@ class ShallowWaterOcean(Simulator):
 
     def advance(self, state: Tensor, frame: int, seed: int, members: Sequence[int]) -> Tensor:
         """States one frame later; the wind between ``frame`` and ``frame + 1`` is a function of (seed, member, frame)."""
+        noise = forcing_noise((self.updates, WINDS), seed, members, frame, "ocean", "wind").to(state)
         if not self._compiles(state.device):
-            return self._check(self._advance(state, self._noise(state, frame, seed, members), step=self.step), members)
+            return self._check(self._advance(state, noise, step=self.step), members)
         out = []
-        noise = self._noise(state, frame, seed, members)
         for start in range(0, len(members), COMPILED_BATCH):
             part, drawn = state[start : start + COMPILED_BATCH], noise[start : start + COMPILED_BATCH]
             fill = (COMPILED_BATCH if len(members) > 1 else 1) - part.shape[0]  # two shapes to compile, 1 and 8
@@ -205,10 +205,6 @@ class ShallowWaterOcean(Simulator):
             drawn = torch.cat([drawn, drawn[-1:].expand(fill, -1, -1)])
             out.append(self._advance(part, drawn, step=self._compile())[: COMPILED_BATCH - fill])
         return self._check(torch.cat(out), members)
-
-    def _noise(self, state: Tensor, frame: int, seed: int, members: Sequence[int]) -> Tensor:
-        draws = [torch.randn(self.updates, WINDS, generator=generator(seed, "ocean", "wind", m, frame), dtype=torch.float64) for m in members]
-        return torch.stack(draws).to(state)
 
     def _advance(self, state: Tensor, noise: Tensor, step: Callable) -> Tensor:
         keep = math.exp(-self.wind_update / self.wind_memory)
@@ -237,7 +233,8 @@ class ShallowWaterOcean(Simulator):
             if not ok:
                 raise UserError(f"member {member} of the ocean is not finite: take a smaller dt (now {self.dt:g} s) or a milder start")
             if thin < self.floor:
-                raise UserError(f"a layer of member {member} is {thin:.0f} m thick, thinner than the floor of {self.floor:g} m: use more damping or less wind")
+                found = f"a layer of member {member} is {thin:.0f} m thick, thinner than the floor of {self.floor:g} m"
+                raise UserError(f"{found}: use more damping or less wind")
         return state
 
     def _compiles(self, device: torch.device) -> bool:
@@ -274,7 +271,8 @@ class ShallowWaterOcean(Simulator):
             corner = torch.arange(n, dtype=torch.float64)[:, None] * self.dx
             coriolis = (self.f0 + self.beta * (corner - 0.5 * n * self.dx)) * one
             flat = [a.flatten() for a in (west, east, south, north, coriolis)]
-            layers = [torch.tensor(c, dtype=torch.float64)[:, None] for c in (self.drags, (1.0, 0.0)[: self.layers], *zip(*self.gravity, strict=True))]
+            per_layer = (self.drags, (1.0, 0.0)[: self.layers], *zip(*self.gravity, strict=True))
+            layers = [torch.tensor(c, dtype=torch.float64)[:, None] for c in per_layer]
             self._constants[key] = tuple(a.to(like) for a in (*flat, *layers, self._patterns()))
         return self._constants[key]
 
