@@ -29,7 +29,7 @@ HELPERS = {
     "guidance": {"modes"},
     "models": {"normalizer"},
     "training": {"checkpoints", "ema", "logs", "schedule"},
-    "forecasters": {"windows"},
+    "forecasters": {"posterior"},
     "stages": {"common"},
 }
 #: modules whose trade is to know the leaves: readers of what is saved or tabulated, which find the class for it

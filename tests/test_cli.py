@@ -53,7 +53,8 @@ def test_examples_compose():
         compose(command, words, partial=True)
 
 
-def test_mistakes_are_one_line(appa_lite):
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     for arguments, expected in {
         ("simulat",): "did you mean 'simulate'?",
         ("simulate", "experiment=lorenz96", "out=a.zarr", "framse=3"): "did you mean 'frames'?",
@@ -61,9 +62,10 @@ def test_mistakes_are_one_line(appa_lite):
         ("simulate", "experiment=lorenz96", "out=a.txt"): "ends in .zarr or .nc",
         ("simulate", "simulator=lorenz96", "simulator.G=1", "out=a.nc"): "unknown keyword of Lorenz96 'G'",
     }.items():
-        done = appa_lite(*arguments, status=2)
-        assert done.stderr.startswith("appa-lite: error: ") and expected in done.stderr and done.stderr.count("\n") == 1
-        assert not done.stdout
+        assert cli.main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith("appa-lite: error: ") and expected in err and err.count("\n") == 1 and not out
+    assert not list(tmp_path.iterdir())
 
 
 def test_show_config(appa_lite):
@@ -91,18 +93,24 @@ def test_exit_status(monkeypatch, capsys):
         fail_with(UserError("why"))
 
 
-def test_simulate_then_observe(appa_lite, tmp_path):
-    for name in ("a.zarr", "b.nc"):
-        appa_lite("simulate", "experiment=lorenz96", "size=debug", "spinup=5", "batch=1", f"out={name}", "start=2001-02-03")
+def test_simulate_then_observe(appa_lite, tmp_path, monkeypatch, capsys):
+    run = ("simulate", "experiment=lorenz96", "size=debug", "spinup=5", "batch=1", "start=2001-02-03")
+    appa_lite(*run, "out=a.zarr")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*run, "out=b.nc"]) == 0
     truth = xr.open_dataset(tmp_path / "a.zarr", engine="zarr")
     assert truth.sizes == {"trajectory": 2, "time": 8, "x": 40} and str(truth.time.values[0]).startswith("2001-02-03T00")
     xr.testing.assert_equal(truth, xr.open_dataset(tmp_path / "b.nc", engine="h5netcdf"))
     assert not truth.isel(trajectory=0).equals(truth.isel(trajectory=1))
     tables = []
     for name in ("a.parquet", "again.parquet"):
-        appa_lite("observe", "truth=a.zarr", "network=random_points", f"out={name}", "trajectory=1", "start=2001-02-03T12:00", "seed=4")
+        wanted = ("network=random_points", "trajectory=1", "start=2001-02-03T12:00", "seed=4")
+        assert cli.main(["observe", "truth=a.zarr", f"out={name}", *wanted]) == 0
         tables.append(pd.read_parquet(tmp_path / name))
     pd.testing.assert_frame_equal(*tables)
+    assert tables[0].attrs["seed"] == 4 and "a.zarr" in tables[0].attrs["inputs"]
     assert len(tables[0]) == 6 * 2 and tables[0]["time"].min() == pd.Timestamp("2001-02-03T12:00")
-    assert "numbered from 0" in appa_lite("observe", "truth=a.zarr", "network=random_points", "out=c.csv", "trajectory=2", status=2).stderr
+    capsys.readouterr()
+    assert cli.main(["observe", "truth=a.zarr", "network=random_points", "out=c.csv", "trajectory=2"]) == 2
+    assert "numbered from 0" in capsys.readouterr().err
     assert {p.name for p in tmp_path.iterdir()} == {"a.zarr", "b.nc", "a.parquet", "again.parquet"}

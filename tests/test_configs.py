@@ -65,7 +65,7 @@ def test_every_key_has_a_meaning(command):
     assert rows and all(meaning for _, _, meaning in rows), [key for key, _, meaning in rows if not meaning]
     assert config._top(command) == set(config._read(config.directory() / f"{command}.yaml")) - {"defaults"}
     if "defaults:" in text:
-        assert re.findall(r"^  - (?!_self_)(.*): null$", text, re.M) == [
+        assert re.findall(r"^  - (?!_self_)(.*): \w+$", text, re.M) == [
             *("observations@network" if key == "network" else key for key in ("simulator", "network", *OBJECTS[1:-1])),
             "experiment",
         ]

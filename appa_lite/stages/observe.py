@@ -4,6 +4,7 @@ from omegaconf import DictConfig
 
 from appa_lite.config import build
 from appa_lite.core.errors import UserError
+from appa_lite.core.store import provenance
 from appa_lite.data.open import open_fields
 from appa_lite.observations.network import Network
 from appa_lite.observations.observe import observe
@@ -18,13 +19,13 @@ def run(cfg: DictConfig) -> None:
         raise UserError("this network reads real observation files: it has no instruments to simulate; choose one with 'networks'")
     networks = [build(entry, Network) for entry in (wanted.values() if hasattr(wanted, "values") else wanted)]
     dataset, spec = open_fields(cfg.truth, options={"start": cfg.start, "end": cfg.end})
-    leading = [dim for dim in ("trajectory", "number") if dim in dataset.dims]
-    for dim in leading:
+    for dim in {"trajectory", "number"} & set(dataset.dims):
         if not 0 <= cfg.trajectory < dataset.sizes[dim]:
             raise UserError(f"trajectory={cfg.trajectory}: {cfg.truth} has {dataset.sizes[dim]}, numbered from 0")
         dataset = dataset.isel({dim: cfg.trajectory})
     interpolation = cfg.network.get("time_interpolation", TableOptions().time_interpolation)
     table = observe(spec.to_tensor(dataset), spec, dataset["time"].values, networks, cfg.seed, interpolation)
+    table.attrs = provenance(cfg, cfg.seed, [cfg.truth])
     write_table(cfg.out, table)
     counts = ", ".join(f"{count} {name}" for name, count in table["variable"].value_counts().items())
     first, last = table["time"].min(), table["time"].max()
