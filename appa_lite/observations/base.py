@@ -144,6 +144,15 @@ class Stacked(ObservationOperator):
     def rebase(self, start: int) -> "Stacked":
         return Stacked(tuple(part.rebase(start) for part in self.parts))
 
+    def merged(self) -> "WeightedCells":
+        """The same rows as one sparse matrix, its terms padded to the longest."""
+        parts, most = self.parts, max(part.index.shape[1] for part in self.parts)
+        widen = {name: [torch.nn.functional.pad(getattr(p, name), (0, most - p.index.shape[1])) for p in parts] for name in ("index", "weight")}
+        offsets = torch.tensor([0] + [len(p) for p in parts[:-1]]).cumsum(0)
+        same = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("norm", "offset", "frame", "first", "last")}
+        row = torch.cat([p.row + int(o) for p, o in zip(parts, offsets, strict=True)])
+        return WeightedCells(row=row, frame_size=parts[0].frame_size, **same, **{name: torch.cat(v) for name, v in widen.items()})
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Stacked":
         return Stacked(tuple(part.to(device, dtype) for part in self.parts))
 

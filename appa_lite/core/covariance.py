@@ -1,0 +1,113 @@
+"""A space-time covariance that can be applied, inverted with a ridge and sampled without ever being formed.
+
+    C = E blockdiag_k(Toeplitz(c_k)) E^T + nu (I - E E^T)
+
+with E the empirical orthogonal functions in space (D x K, orthonormal), c_k the temporal autocovariance of the
+k-th principal component, and nu the mean variance of what the K functions leave. Each Toeplitz matrix is diagonalised
+exactly for the number of frames asked for, so that any function of C costs two projections:
+f(C) = E U f(lambda) U^T E^T + f(nu) (I - E E^T). Lagged correlations *between* components are neglected.
+
+Source: principal components with stationary time series, e.g. von Storch and Zwiers (1999), ch. 13.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class SpaceTimeCovariance(nn.Module):
+    """Covariance of fields (B, T, D) with D numbers a frame.
+
+    Args:
+        basis: E, shape (D, K), orthonormal columns.
+        autocovariance: c_k(tau), shape (K, L), for lags 0 .. L-1 in frames.
+        remainder: nu, the variance of each direction outside the basis (0 when K = D).
+    """
+
+    def __init__(self, basis: Tensor, autocovariance: Tensor, remainder: Tensor):
+        super().__init__()
+        self.register_buffer("basis", basis)
+        self.register_buffer("autocovariance", autocovariance)
+        self.register_buffer("remainder", remainder)
+        self._eigen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def modes(self) -> int:
+        return self.basis.shape[1]
+
+    def eigen(self, frames: int) -> tuple[Tensor, Tensor]:
+        """Eigenvectors U (K, T, T) and eigenvalues lambda (K, T), descending, of the K Toeplitz matrices."""
+        cached = self._eigen.get(frames)
+        if cached is None or cached[0].device != self.basis.device:
+            lags = min(self.autocovariance.shape[1], frames)
+            c = torch.zeros(self.modes, frames, dtype=torch.float64, device=self.basis.device)
+            c[:, :lags] = self.autocovariance[:, :lags].double()
+            if frames > lags:  # the taper that keeps the extended sequence close to positive definite
+                c[:, :lags] *= torch.cos(torch.linspace(0, torch.pi / 2, lags + 1, dtype=torch.float64, device=c.device)[:-1]) ** 2
+            index = (torch.arange(frames)[:, None] - torch.arange(frames)[None, :]).abs().to(c.device)
+            values, vectors = torch.linalg.eigh(c[:, index])
+            floor = 1e-6 * c[:, :1]
+            values = torch.maximum(values, floor).flip(-1)
+            dtype = self.basis.dtype
+            cached = vectors.flip(-1).to(dtype).contiguous(), values.to(dtype)
+            self._eigen[frames] = cached
+        return cached
+
+    def project(self, x: Tensor) -> Tensor:
+        """Coordinates U^T E^T x in the eigenbasis: (B, T, D) to (B, K, T)."""
+        vectors, _ = self.eigen(x.shape[1])
+        components = x @ self.basis
+        return torch.einsum("kts,btk->bks", vectors, components)
+
+    def expand(self, coordinates: Tensor) -> Tensor:
+        """E U a: (B, K, T) to (B, T, D)."""
+        vectors, _ = self.eigen(coordinates.shape[-1])
+        return torch.einsum("kts,bks->btk", vectors, coordinates) @ self.basis.T
+
+    def function(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """f(C) x for fields x (B, T, D); f acts on eigenvalues elementwise and may return one row a member: (B, 1, 1) or (B, K, T)."""
+        _, values = self.eigen(x.shape[1])
+        coordinates = self.project(x)
+        gains, rest = f(values), f(self.remainder)
+        if not self.has_remainder:
+            return self.expand(gains * coordinates)
+        return self.expand((gains - rest) * coordinates) + rest * x
+
+    @property
+    def has_remainder(self) -> bool:
+        return self.basis.shape[0] > self.basis.shape[1]
+
+    def spectrum(self, frames: int) -> Tensor:
+        """All eigenvalues, those of the remainder as one number repeated: (T * D,)."""
+        _, values = self.eigen(frames)
+        rest = self.remainder.expand(frames * (self.basis.shape[0] - self.modes))
+        return torch.cat([values.flatten(), rest])
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """C^{1/2} noise, for white noise (B, T, D)."""
+        return self.function(noise, lambda v: v.clamp(min=0).sqrt())
+
+
+def estimate_covariance(series: Tensor, modes: int, lags: int) -> SpaceTimeCovariance:
+    """Fit the covariance to trajectories (N, T, D) of anomalies (mean zero), in float64.
+
+    EOFs are the leading eigenvectors of the pooled spatial covariance; autocovariances are the biased estimates
+    (1/(N T)) sum_t a_k(t) a_k(t + tau), which are positive semi-definite, pooled over trajectories.
+    """
+    n, t, d = series.shape
+    if n * t < 2:
+        raise ValueError("a covariance needs at least two frames")
+    covariance = torch.zeros(d, d, dtype=torch.float64)
+    for trajectory in series:
+        x = trajectory.double()
+        covariance += x.T @ x
+    covariance /= n * t
+    values, vectors = torch.linalg.eigh(covariance)
+    k = min(modes, d, n * t)
+    basis = vectors.flip(-1)[:, :k].contiguous()
+    remainder = values.flip(-1)[k:].mean() if k < d else torch.zeros((), dtype=torch.float64)
+    lags = min(lags, t)
+    components = torch.stack([trajectory.double() @ basis for trajectory in series])
+    autocovariance = torch.stack([(components[:, : t - lag] * components[:, lag:]).sum((0, 1)) / (n * t) for lag in range(lags)], dim=1)
+    return SpaceTimeCovariance(basis.float(), autocovariance.float(), remainder.clamp(min=0).float())

@@ -1,0 +1,119 @@
+"""The latent video diffusion model, conditioned: reanalyses, forecasts and free runs from the one trained prior."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from appa_lite.core.errors import UserError
+from appa_lite.core.fields import to_seconds
+from appa_lite.core.random import Streams
+from appa_lite.diffusion.base import NoiseSource, Sampler
+from appa_lite.forecasters.base import Assimilator, Forecaster, Progress, silent
+from appa_lite.forecasters.posterior import KnownFrames, ModeCovariance, Period, Prior, later
+from appa_lite.guidance.base import Guidance, LatentObservation, SolverReport
+from appa_lite.models.checkpoint import Checkpoint
+from appa_lite.observations.base import Observation
+
+
+class LatentDiffusion(Assimilator, Forecaster):
+    """p(z | y) by a guided sampler over latents, decoded.
+
+    Args:
+        checkpoint: with a denoiser; guidance: how observations enter; sampler: the numerics;
+        overlap: latent frames that neighbouring windows share; batch: members (and windows) computed at once;
+        known_error: standard deviation, in units of the latents, of a forecast's known frames.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, guidance: Guidance, sampler: Sampler, overlap: int = 6, batch: int = 8, known_error: float = 0.03
+    ):
+        if checkpoint.denoiser is None:
+            raise UserError("this model directory holds an autoencoder only: give one with a trained denoiser")
+        self.checkpoint, self.guidance, self.sampler = checkpoint, guidance, sampler
+        self.overlap, self.batch, self.known_error = overlap, batch, known_error
+        self.report = SolverReport()
+
+    @property
+    def stride(self) -> int:
+        return self.checkpoint.autoencoder.stride[0]
+
+    def period(self, times: np.ndarray) -> Period:
+        """The stretch that is sampled for frames at ``times``."""
+        return Period.around(times, self.checkpoint.spec.step, self.stride, self.checkpoint.denoiser.config.frames)
+
+    def assimilate(self, observation: Observation | None, times: np.ndarray, members: Sequence[int], seed: int, progress: Progress = silent) -> Tensor:
+        prior = Prior(self.checkpoint, self.period(times), self.overlap, self.batch)
+        latent = None if observation is None else prior.observe(later(observation, prior.period.before))
+        parts = []
+        for begin in range(0, len(members), self.batch):
+            batch = list(members[begin : begin + self.batch])
+            latents = self._sample(prior, latent, batch, seed, "reanalysis", progress, begin, len(members))
+            parts.append(torch.cat([prior.period.cut(prior.decode(z[None])) for z in latents]))
+        return torch.cat(parts)
+
+    def forecast(
+        self, initial: Tensor, times: np.ndarray, frames: int, members: Sequence[int], seed: int, progress: Progress = silent
+    ) -> Tensor:
+        """Rolled on by windows: the last known latent frames are observed, the rest is free. Needs at least one stride of frames."""
+        known = initial.shape[1] // self.stride
+        if known < 1:
+            raise UserError(f"a forecast needs at least {self.stride} consecutive frames, found {initial.shape[1]}: give an analysis with its past")
+        window = self.checkpoint.denoiser.config.frames
+        known = min(known, window // 2)
+        history = initial[:, -known * self.stride :]
+        end = float(to_seconds(times)[-1])
+        parts = []
+        for begin in range(0, len(members), self.batch):
+            batch = list(members[begin : begin + self.batch])
+            rows, clock, done = history[[i % len(history) for i in range(begin, begin + len(batch))]], end, []
+            latents, roll = None, 0
+            while sum(p.shape[1] for p in done) < frames:
+                start = clock - (known * self.stride - 1) * self.checkpoint.spec.step
+                period = Period(start, self.checkpoint.spec.step, window, self.stride, 0, window * self.stride)
+                prior = Prior(self.checkpoint, period, 0, self.batch)
+                latents = self._known_latents(rows, period, known) if latents is None else latents
+                observed = self._know(prior, latents, known)
+                sample = self._sample(prior, observed, batch, seed, f"forecast {roll}", progress, begin, len(members))
+                new = torch.cat([prior.decode(z[None])[:, known * self.stride :] for z in sample])
+                done.append(new)
+                latents, clock, roll = sample[:, -known:], clock + new.shape[1] * self.checkpoint.spec.step, roll + 1
+            parts.append(torch.cat(done, dim=1)[:, :frames])
+        return torch.cat(parts)
+
+    def _known_latents(self, rows: Tensor, period: Period, known: int) -> Tensor:
+        normal = self.checkpoint.normalizer(rows, period.times[: known * self.stride])
+        with torch.no_grad():
+            return self.checkpoint.autoencoder.encode(normal)
+
+    def _know(self, prior: Prior, latents: Tensor, known: int) -> LatentObservation:
+        operator = KnownFrames(prior, list(range(known)))
+        values = ((latents.flatten(2) - prior.model.mean) @ prior.model.covariance.basis).flatten(1)
+        return LatentObservation(operator, values, torch.full((values.shape[1],), self.known_error**2))
+
+    def _sample(
+        self, prior: Prior, latent: LatentObservation | None, members: list[int], seed: int, name: str, progress: Progress, begin: int, total: int
+    ) -> Tensor:
+        denoiser = prior.denoiser()
+        if latent is not None:
+            if latent.values.ndim == 1:
+                latent = LatentObservation(latent.operator, latent.values.expand(len(members), -1), latent.variance)
+            report = SolverReport()
+            denoiser = self.guidance(denoiser, latent, ModeCovariance(prior), report)
+        else:
+            plain = denoiser
+
+            def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+                with torch.no_grad():
+                    return plain(x, sigma)
+
+        noise = _noise(Streams(seed, members, name), prior.shape)
+        latents = self.sampler(denoiser, noise, lambda step, steps: progress(f"members {begin + 1}-{begin + len(members)} of {total}", step, steps))
+        if latent is not None:
+            self.report.merge(report)
+        return latents.detach()
+
+
+def _noise(streams: Streams, shape: tuple[int, ...]) -> NoiseSource:
+    return lambda step: streams.normal(shape)

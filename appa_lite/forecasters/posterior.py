@@ -1,0 +1,158 @@
+"""The pieces of a posterior over a period: frames, prior, covariance and observations in the modes of the latents."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from appa_lite.core.fields import to_seconds
+from appa_lite.diffusion.base import Denoiser
+from appa_lite.diffusion.windows import WindowLayout, compose_windows
+from appa_lite.guidance.base import LatentObservation, LatentOperator, LinearModes
+from appa_lite.guidance.modes import DecodedCells, ModeResponses
+from appa_lite.models.checkpoint import Checkpoint
+from appa_lite.observations.base import Observation, Stacked
+
+
+@dataclass(frozen=True)
+class Period:
+    """The frames asked for, inside the longer stretch that is sampled.
+
+    The stretch has a margin of one latent frame on each side (the ends of a window are known less well, and a lapped
+    decoder reaches across), is a whole number of latent frames and at least as long as a training window.
+    """
+
+    first: float  #: time of the first sampled frame, seconds since 1970
+    step: float  #: seconds between frames
+    latent_frames: int
+    stride: int
+    before: int  #: frames sampled before the first one asked for
+    frames: int  #: frames asked for
+
+    @classmethod
+    def around(cls, times: np.ndarray, step: float, stride: int, window: int, margin: int = 1) -> "Period":
+        before = margin * stride
+        latent = max(-(-(len(times) + before) // stride) + margin, window)
+        return cls(float(to_seconds(times)[0]) - before * step, step, latent, stride, before, len(times))
+
+    @property
+    def times(self) -> Tensor:
+        """Seconds since 1970 of all sampled frames, float64."""
+        return self.first + self.step * torch.arange(self.latent_frames * self.stride, dtype=torch.float64)
+
+    def cut(self, fields: Tensor) -> Tensor:
+        """The frames asked for, of fields (B, all frames, ...)."""
+        return fields[:, self.before : self.before + self.frames]
+
+
+def forcing_features(times: Tensor, periods: tuple[float, ...]) -> Tensor | None:
+    """Cosines and sines of the given periods (seconds) at times (T,): (T, 2 P), or None without periods."""
+    if not periods:
+        return None
+    angle = 2 * torch.pi * torch.stack([torch.remainder(times, p) / p for p in periods], dim=-1)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+
+
+class Prior:
+    """The trained law of trajectories over a period.
+
+    Args:
+        checkpoint: with a denoiser; period: the frames; overlap: latent frames shared by neighbouring windows;
+        batch: windows computed at once; network: False leaves the Gaussian part alone (optimal interpolation's prior).
+    """
+
+    def __init__(self, checkpoint: Checkpoint, period: Period, overlap: int, batch: int):
+        self.checkpoint, self.period, self.model = checkpoint, period, checkpoint.denoiser
+        window = self.model.config.frames
+        self.layout = WindowLayout(period.latent_frames, window, min(overlap, window - 1))
+        self.forcing = forcing_features(period.times[:: period.stride], tuple(checkpoint.settings.get("forcing_periods", ())))
+        self.batch = batch
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.period.latent_frames, *self.checkpoint.autoencoder.latent_shape)
+
+    def denoiser(self) -> Denoiser:
+        """D over the whole period."""
+        window = self.layout.window
+
+        def correction(x: Tensor, sigma: Tensor, first: list[int]) -> Tensor:
+            forcing = None if self.forcing is None else torch.stack([self.forcing[f : f + window] for f in first]).to(x)
+            return self.model.correction(x, sigma, forcing)
+
+        return compose_windows(correction, self.model.gaussian, self.layout, self.batch)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Physical fields (B, all frames, C, H, W) of latents."""
+        return self.checkpoint.normalizer.inverse(self.checkpoint.autoencoder.decode(latents), self.period.times)
+
+    def observe(self, observation: Observation) -> LatentObservation:
+        """An observation of the sampled frames, moved through the decoder."""
+        normalizer, autoencoder = self.checkpoint.normalizer, self.checkpoint.autoencoder
+        cells = observation.operator.merged() if isinstance(observation.operator, Stacked) else observation.operator
+        scale = normalizer.scale[:, None, None]
+        responses = ModeResponses(
+            cells,
+            lambda z: autoencoder.decode_linear(z) * scale,
+            self.model.covariance.basis,
+            autoencoder.latent_shape,
+            autoencoder.stride[0],
+            autoencoder.reach,
+        )
+        nonlinear = any(t != "identity" for t in normalizer.transforms)
+        slope = (lambda z: normalizer.derivative(autoencoder.decode(z), self.period.times)) if nonlinear else None
+        operator = DecodedCells(cells, self.period.latent_frames, self.decode, responses, slope)
+        return LatentObservation(operator, observation.values, observation.variance)
+
+
+class ModeCovariance:
+    """The measured covariance of z - D(z_t) in the modes; ``prior_only`` gives the climatological one at any sigma."""
+
+    def __init__(self, prior: Prior, prior_only: bool = False):
+        self.model, self.frames, self.latent_shape = prior.model, prior.period.latent_frames, prior.checkpoint.autoencoder.latent_shape
+        self.prior_only = prior_only
+
+    def apply(self, components: Tensor, sigma: Tensor) -> Tensor:
+        vectors, values = self.model.covariance.eigen(self.frames)
+        if not self.prior_only:
+            values, _ = self.model.posterior_variance(sigma, self.frames)
+        rotated = torch.einsum("kts,btk->bks", vectors, components) * values
+        return torch.einsum("kts,bks->btk", vectors, rotated)
+
+    def expand(self, components: Tensor) -> Tensor:
+        return (components @ self.model.covariance.basis.T).unflatten(-1, self.latent_shape)
+
+    def project(self, latents: Tensor) -> Tensor:
+        return latents.flatten(2) @ self.model.covariance.basis
+
+
+class KnownFrames(LatentOperator, LinearModes):
+    """Components of some latent frames, observed directly: how a forecast knows its initial frames.
+
+    Args:
+        prior: over the period; frames: indices of the known latent frames.
+    """
+
+    def __init__(self, prior: Prior, frames: list[int]):
+        self.model, self.frames, self.total = prior.model, frames, prior.period.latent_frames
+
+    def predict(self, latents: Tensor) -> Tensor:
+        anomalies = latents[:, self.frames].flatten(2) - self.model.mean
+        return (anomalies @ self.model.covariance.basis).flatten(1)
+
+    def linearise(self, latents: Tensor) -> LinearModes:
+        return self
+
+    def forward(self, components: Tensor) -> Tensor:
+        return components[:, self.frames].flatten(1)
+
+    def adjoint(self, values: Tensor) -> Tensor:
+        out = values.new_zeros(values.shape[0], self.total, self.model.covariance.modes)
+        out[:, self.frames] = values.unflatten(1, (len(self.frames), -1))
+        return out
+
+
+def later(observation: Observation, frames: int) -> Observation:
+    """The observation, seen from fields that begin ``frames`` earlier."""
+    return Observation(observation.values, observation.variance, observation.operator.rebase(-frames), observation.provenance)

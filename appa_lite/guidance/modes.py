@@ -1,0 +1,137 @@
+"""Observations of decoded fields, seen from the space-time modes of the latents."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from appa_lite.guidance.base import LatentOperator, LinearModes
+from appa_lite.observations.base import WeightedCells
+
+
+class ModeResponses:
+    """What each linear term of an observation operator sees of each spatial mode, at the latent frames around it.
+
+        phi[p, s, k] = sum_j w_pj (L e_k at latent frame t_p + s - reach)[cell_pj]
+
+    L is the linear part of the decoder (times the variables' scales); it is the same at every time, so that one
+    impulse per mode tells all, and a solve needs no decoder at all.
+
+    Args:
+        operator: the observation operator, on ``frames`` decoded frames.
+        decode_linear: latents (k, T, Z, h, w) to fields (k, T * stride, C, H, W) in physical units.
+        basis: (D, K) spatial modes; latent_shape: (Z, h, w); stride: frames per latent frame;
+        reach: latent frames on either side of an impulse that its decoded field touches.
+    """
+
+    def __init__(
+        self,
+        operator: WeightedCells,
+        decode_linear: Callable[[Tensor], Tensor],
+        basis: Tensor,
+        latent_shape: tuple[int, int, int],
+        stride: int,
+        reach: int,
+        chunk: int = 64,
+    ):
+        used = operator.weight != 0
+        frame = torch.where(used, operator.index // operator.frame_size, torch.iinfo(torch.int64).max)
+        self.first = frame.amin(1) // stride
+        self.reach = reach
+        self.offsets = 2 * reach + 2  # one more than an impulse's support: a term may fall between two latent frames
+        cell = operator.index % operator.frame_size
+        pieces = []
+        for begin in range(0, basis.shape[1], chunk):
+            modes = basis[:, begin : begin + chunk].T.reshape(-1, *latent_shape)
+            impulse = modes.new_zeros(modes.shape[0], 2 * reach + 1, *latent_shape)
+            impulse[:, reach] = modes
+            seen = decode_linear(impulse).flatten(1)  # (k, (2 reach + 1) stride C H W)
+            columns = []
+            for s in range(self.offsets):
+                relative = frame - (self.first[:, None] + s - reach - reach) * stride
+                inside = used & (relative >= 0) & (relative < (2 * reach + 1) * stride)
+                index = torch.where(inside, relative * operator.frame_size + cell, 0)
+                weight = torch.where(inside, operator.weight, 0).to(seen)
+                columns.append((seen[:, index.flatten()].reshape(-1, *index.shape) * weight).sum(-1))
+            pieces.append(torch.stack(columns, dim=-1))  # (k, P, S)
+        self.phi = torch.cat(pieces).permute(1, 2, 0).contiguous()
+
+
+class DecodedCells(LatentOperator):
+    """y = H(decode(z)) for a sparse H, its linearisation through the modes.
+
+    Args:
+        operator: H; frames: latent frames; decode: latents to physical fields; responses: of the modes;
+        slope: derivative of the physical fields by the normalised ones over the one ``responses`` were made with,
+        or None where it is constant.
+    """
+
+    def __init__(
+        self,
+        operator: WeightedCells,
+        frames: int,
+        decode: Callable[[Tensor], Tensor],
+        responses: ModeResponses,
+        slope: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.operator, self.frames, self.decode, self.responses, self.slope = operator, frames, decode, responses, slope
+        order = torch.argsort(responses.first, stable=True)
+        frames, counts = torch.unique_consecutive(responses.first[order], return_counts=True)
+        self.groups = list(zip(frames.tolist(), order.split(counts.tolist()), strict=True))
+
+    def predict(self, latents: Tensor) -> Tensor:
+        return torch.cat([self.operator(self.decode(z[None])) for z in latents])
+
+    def linearise(self, latents: Tensor) -> "CellModes":
+        gains = None
+        if not self.operator.linear or self.slope is not None:
+            gains = torch.cat([self._gains(z[None]) for z in latents])
+        return CellModes(self, gains)
+
+    def _gains(self, latents: Tensor) -> Tensor:
+        """dy_row / d term, (B, P): one for linear rows, term / |norm| for norms, times the slope of the transform."""
+        operator, fields = self.operator, self.decode(latents)
+        terms = _terms(operator, fields, operator.weight)
+        size = torch.zeros(terms.shape[0], len(operator), dtype=terms.dtype).index_add(1, operator.row, terms**2).clamp(min=1e-12).sqrt()
+        gains = torch.where(operator.norm[operator.row], terms / size[:, operator.row], torch.ones_like(terms))
+        if self.slope is not None:
+            gains = gains * _terms(operator, self.slope(latents), operator.weight.abs()) / operator.weight.abs().sum(1)
+        return gains
+
+
+def _terms(operator: WeightedCells, fields: Tensor, weight: Tensor) -> Tensor:
+    cells = fields.flatten(1).index_select(1, operator.index.flatten()).unflatten(1, operator.index.shape)
+    return (cells * weight.to(cells)).sum(-1)
+
+
+class CellModes(LinearModes):
+    """The linear map from components (B, T, K) to observations (B, M), one matrix product per observed latent frame."""
+
+    def __init__(self, parent: DecodedCells, gains: Tensor | None):
+        self.parent, self.gains = parent, gains
+        operator = parent.operator
+        self.plain = len(operator.row) == len(operator)
+
+    def forward(self, components: Tensor) -> Tensor:
+        r = self.parent.responses
+        padded = torch.nn.functional.pad(components, (0, 0, r.reach, r.offsets))
+        terms = components.new_empty(components.shape[0], r.phi.shape[0])
+        for frame, rows in self.parent.groups:
+            terms[:, rows] = padded[:, frame : frame + r.offsets].flatten(1) @ r.phi[rows].flatten(1).T
+        if self.gains is not None:
+            terms = terms * self.gains
+        if self.plain:
+            return terms
+        return terms.new_zeros(terms.shape[0], len(self.parent.operator)).index_add(1, self.parent.operator.row, terms)
+
+    def adjoint(self, values: Tensor) -> Tensor:
+        r = self.parent.responses
+        terms = values if self.plain else values[:, self.parent.operator.row]
+        if self.gains is not None:
+            terms = terms * self.gains
+        frames = self.parent.frames
+        padded = values.new_zeros(values.shape[0], frames + r.reach + r.offsets, r.phi.shape[2])
+        for frame, rows in self.parent.groups:
+            part = terms[:, rows] @ r.phi[rows].flatten(1)
+            padded[:, frame : frame + r.offsets] += part.reshape(values.shape[0], r.offsets, -1)
+        return padded[:, r.reach : r.reach + frames]

@@ -1,0 +1,80 @@
+"""A model directory: what was trained, the fields it is for, and how to load it without executing anything."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from appa_lite.core.errors import UserError
+from appa_lite.core.fields import FieldSpec
+from appa_lite.models.autoencoder import SpatiotemporalAutoencoder
+from appa_lite.models.base import Autoencoder
+from appa_lite.models.denoiser import LatentDenoiser
+from appa_lite.models.identity import IdentityAutoencoder
+from appa_lite.models.normalizer import Normalizer
+
+AUTOENCODERS = {c.__name__: c for c in (SpatiotemporalAutoencoder, IdentityAutoencoder)}
+FILE = "model.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a trained prior needs. ``denoiser`` is None in the directory of an autoencoder.
+
+    ``settings`` is JSON: experiment, forcing periods, what the trainings measured (``autoencoder``, ``denoiser``).
+    """
+
+    spec: FieldSpec
+    normalizer: Normalizer
+    autoencoder: Autoencoder
+    denoiser: LatentDenoiser | None
+    settings: dict
+
+    def save(self, directory: Path, half: bool = False) -> None:
+        """Write model.json and one folder a part, in half precision if asked."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in ("normalizer", "autoencoder", "denoiser"):
+            part = getattr(self, name)
+            if part is not None:
+                saved = _copy(part).half() if half and name == "denoiser" else part
+                saved.save_pretrained(directory / name)
+        record = {"format": 1, "spec": self.spec.to_dict(), "autoencoder": type(self.autoencoder).__name__, "settings": self.settings}
+        (directory / FILE).write_text(json.dumps(record))
+
+    @classmethod
+    def load(cls, directory: str | Path, device: torch.device | str = "cpu") -> "Checkpoint":
+        """Read a model directory onto a device, in float32 and evaluation mode.
+
+        Raises:
+            UserError: the directory is missing, incomplete or not one of ours.
+        """
+        directory = Path(directory)
+        if not (directory / FILE).is_file():
+            raise UserError(f"no model at '{directory}': expected a directory with {FILE}, as `appa-lite train` writes in RUN/model")
+        try:
+            record = json.loads((directory / FILE).read_text())
+            spec = FieldSpec.from_dict(record["spec"])
+            autoencoder_class = AUTOENCODERS[record["autoencoder"]]
+            settings = record["settings"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"'{directory / FILE}' is not a model description of this version: {error!r}") from None
+        parts = {"normalizer": Normalizer, "autoencoder": autoencoder_class}
+        if (directory / "denoiser").is_dir():
+            parts["denoiser"] = LatentDenoiser
+        loaded = {name: _load(kind, directory / name, device) for name, kind in parts.items()}
+        return cls(spec, loaded["normalizer"], loaded["autoencoder"], loaded.get("denoiser"), settings)
+
+
+def _copy(model: torch.nn.Module) -> torch.nn.Module:
+    fresh = type(model)(**{k: v for k, v in model.config.items() if not k.startswith("_")})
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+def _load(kind: type, directory: Path, device: torch.device | str) -> torch.nn.Module:
+    try:
+        model = kind.from_pretrained(directory, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot load '{directory}': {str(error).splitlines()[0]}") from None
+    return model.to(device).eval().requires_grad_(False)
