@@ -263,7 +263,7 @@ class _Layers:
                 continue
             if name not in target and not free:
                 raise unknown(f"key of {self.command}", here, target)
-            free = free or name in OBJECTS or "class" in target
+            free = free or name in OBJECTS or "class" in target or base.get(name) == {}
             if target.get(name) in (None, "???"):
                 target[name] = {}
             target, base = target[name], base.get(name) if isinstance(base.get(name), dict) else {}

@@ -30,10 +30,10 @@ HELPERS = {
     "models": {"normalizer"},
     "training": {"checkpoints", "ema", "logs", "schedule"},
     "forecasters": {"posterior"},
-    "stages": {"common"},
+    "stages": {"device", "prior"},
 }
-#: modules whose trade is to know the leaves: readers of what is saved or tabulated, which find the class for it
-ASSEMBLERS = {"observations": {"build"}, "models": {"checkpoint"}}
+#: modules whose trade is to know the leaves: they read what is saved or tabulated and find its class, or chain commands
+ASSEMBLERS = {"observations": {"build"}, "models": {"checkpoint"}, "stages": {"quickstart"}}
 #: rooms of functions that build on each other, without leaves; only cycles are wrong there
 WORKSHOPS = {"core", "nn", "data", "verification"}
 

@@ -126,6 +126,8 @@ def test_values():
     assert value("[1,2.5,x]") == [1, 2.5, "x"]
     assert value("a b/ü.zarr") == "a b/ü.zarr"
     assert value("null") is None
+    train = compose("train", ["weights.eta1=16", "training.batch=2", "+dataset.level=500"], partial=True)
+    assert (train.weights.eta1, train.training.batch, train.dataset.level) == (16, 2, 500)
     assert compose("simulate", ["simulator=lorenz96", "out=a", "seed=1e3"]).seed == 1000
 
 

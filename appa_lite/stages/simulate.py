@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -13,6 +12,7 @@ from appa_lite.core.fields import to_datetime, to_seconds
 from appa_lite.core.store import AtomicZarrWriter, provenance
 from appa_lite.data.open import parse_date
 from appa_lite.simulators.base import Simulator, load_states, trajectories
+from appa_lite.stages.device import device
 
 
 def run(cfg: DictConfig) -> None:
@@ -39,13 +39,3 @@ def _show(bar: tqdm):
         bar.update(done - bar.n)
 
     return progress
-
-
-def device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` is the GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name} is not there: expected auto, cpu or cuda") from error
