@@ -297,7 +297,8 @@ def test_kriging_of_stations_uses_the_lapse_rate_and_never_the_withheld(rng):
     rows = []
     for time in times(4):
         level = 280 + 0.4 * (lat - 45) + rng.standard_normal()
-        rows += [(time, a, b, e, f"s{k}", "t2m", v) for k, (a, b, e, v) in enumerate(zip(lat, lon, elev, level - 0.0065 * elev, strict=True))]
+        reports = zip(lat, lon, elev, level - 0.0065 * elev, strict=True)
+        rows += [(time, a, b, e, f"s{k}", "t2m", v) for k, (a, b, e, v) in enumerate(reports)]
     table = pd.DataFrame(rows, columns=["time", "lat", "lon", "elev", "station", "variable", "observation"]).assign(error_std=0.1)
     withheld = table[table["station"].isin(["s0", "s1"])]
     analysis = linear_forecast().rename(t="t2m").isel(time=slice(0, 4)) * 0 + 280

@@ -1,6 +1,7 @@
 """What figures need beyond the table: series in time, rank histograms, spectra, stations; all JSON-able."""
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from appa_lite.verification.base import Sums
@@ -54,9 +55,11 @@ class Details:
         rows, start = against.rows.iloc[against.slots.row], against.cases.time[against.slots.case]
         keep = start == start.min() if against.cases.forecasts else np.full(start.shape, True)  # of forecasts only the first
         names = rows["station"].astype(str).to_numpy()
-        for station in sorted(set(names[keep]))[:12]:
+        for station in sorted(set(names[keep]) - {"", "nan", "None", "<NA>"})[:12]:
             at = np.flatnonzero(keep & (names == station))
             at = at[np.argsort(rows["time"].to_numpy()[at], kind="stable")]
+            if pd.Index(rows["time"].to_numpy()[at]).has_duplicates or len(at) < 3:
+                continue  # a track, not a series
             self.found["stations"].append(
                 {
                     "system": system,

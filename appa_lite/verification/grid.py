@@ -17,6 +17,7 @@ NAMES = {
     "prediction_timedelta": ("lead_time", "step", "lead", "forecast_period"),
     "level": ("isobaricInhPa", "pressure_level", "plev"),
 }
+REACH = 1.5  # cells
 EARTH_RADIUS = 6371.0  # km
 LENGTHS = {"m": 1e-3, "metre": 1e-3, "meters": 1e-3, "km": 1.0}  # to km
 
@@ -96,14 +97,14 @@ def periodicity(dataset: xr.Dataset) -> tuple[bool, ...]:
 
 
 def corners(grid: xr.Dataset | xr.DataArray, positions: dict[str, np.ndarray], shift: tuple[float, ...], periodic: tuple[bool, ...]):
-    """Bilinear interpolation's corners: flat cell indices (M, K) and weights (M, K), K = 4 on a plane and 2 on a ring.
+    """Bilinear interpolation's corners: flat cell indices (M, K), weights (M, K), K = 4 on a plane and 2 on a ring, and cells (M, D).
 
     A value of cell i stands at ``x_i + shift * dx``. Positions up to half a cell beyond the outermost cells take the edge's
     value; further out all weights are NaN.
     """
     dims = grid_dims(grid)
     count = len(positions[dims[0]])
-    indices, weights = np.zeros((count, 1), dtype=np.int64), np.ones((count, 1))
+    indices, weights, cells = np.zeros((count, 1), dtype=np.int64), np.ones((count, 1)), []
     for dim, offset, wraps in zip(dims, shift, periodic, strict=True):
         axis = np.asarray(grid[dim].values, dtype=np.float64)
         size, step = axis.size, (axis[-1] - axis[0]) / max(axis.size - 1, 1) or 1.0
@@ -114,6 +115,7 @@ def corners(grid: xr.Dataset | xr.DataArray, positions: dict[str, np.ndarray], s
         cell = (position - axis[0]) / step if exact else np.interp(position, axis, np.arange(size), left=-1, right=size)
         outside = ((cell < -0.5 - 1e-9) | (cell > size - 0.5 + 1e-9)) & (not wraps)
         cell = cell - offset
+        cells.append(cell)
         low = np.floor(cell if wraps else np.clip(cell, 0, max(size - 2, 0))).astype(np.int64)
         fraction = cell - low if wraps else np.clip(cell - low, 0.0, 1.0)
         pair = np.stack([low, low + 1], axis=-1)
@@ -121,14 +123,25 @@ def corners(grid: xr.Dataset | xr.DataArray, positions: dict[str, np.ndarray], s
         share = np.where(outside[:, None], np.nan, np.stack([1 - fraction, fraction], axis=-1))
         indices = (indices[:, :, None] * size + pair[:, None, :]).reshape(count, -1)
         weights = (weights[:, :, None] * share[:, None, :]).reshape(count, -1)
-    return indices, weights
+    return indices, weights, np.stack(cells, axis=-1)
+
+
+def to_nearest(exists: np.ndarray, indices: np.ndarray, weights: np.ndarray, cells: np.ndarray) -> None:
+    """Where no corner exists, the nearest cell that does takes all the weight, if it is within ``REACH`` cells; in place."""
+    bare = np.flatnonzero(np.isfinite(weights).all(1) & ~exists.ravel()[indices].any(1))
+    places = np.argwhere(exists)
+    for row in bare if places.size else ():
+        distance = np.linalg.norm(places - cells[row], axis=-1)
+        if distance.min() <= REACH:
+            indices[row] = np.ravel_multi_index(places[distance.argmin()], exists.shape)
 
 
 def interpolate(array: xr.DataArray, positions: dict[str, np.ndarray], times: np.ndarray, periodic: tuple[bool, ...]) -> xr.DataArray:
     """An array (time, ..., grid) at M points: bilinear in space, linear in time; dims (row, ...).
 
     The attribute ``grid_shift = [dy, dx]`` (cells) places staggered values. Missing corners are left out and the others'
-    weights renormalised; a point without any, outside the grid or outside the period is NaN.
+    weights renormalised; a point without any takes the nearest cell within 1.5 cells. Beyond, outside the grid or outside
+    the period it is NaN.
 
     Args:
         positions: coordinates (M,) of the points, one entry per grid dimension.
@@ -138,7 +151,8 @@ def interpolate(array: xr.DataArray, positions: dict[str, np.ndarray], times: np
     others = [d for d in array.dims if d not in ("time", *dims)]
     array = array.transpose("time", *others, *dims)
     shift = tuple(np.atleast_1d(array.attrs.get("grid_shift", (0.0, 0.0))).astype(float))[-len(dims) :]
-    indices, weights = corners(array, positions, shift, periodic)
+    indices, weights, cells = corners(array, positions, shift, periodic)
+    to_nearest(np.isfinite(array.isel(dict.fromkeys(("time", *others), 0)).values), indices, weights, cells)
     axis = array["time"].values.astype("datetime64[ns]").astype(np.int64)
     moment = np.asarray(times).astype("datetime64[ns]").astype(np.int64)
     after = np.clip(np.searchsorted(axis, moment, side="left"), 0, axis.size - 1)

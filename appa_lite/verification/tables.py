@@ -51,34 +51,36 @@ def leads(records: Iterable[Record], most: int) -> list[float | None]:
 
 
 def format_number(value: object) -> str:
-    return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    """Three digits."""
+    return "" if value is None else f"{value:#.3g}".rstrip(".") if abs(value) < 1000 else f"{value:.0f}"
 
 
 def format_table(records: list[Record], most_leads: int = 5) -> str:
     """A readable table: a block per variable and lead, a row per system, a column per metric with its interval."""
-    lines = []
-    chosen = leads(records, most_leads)
+    chosen, lines = leads(records, most_leads), []
     lookup = {(r["variable"], r["lead_time"], r["system"], r["metric"]): r for r in records}
     systems = list(dict.fromkeys(r["system"] for r in records))
     columns = [m for m in SHOWN if any(r["metric"] == m for r in records)]
-    width = max(len(s) for s in systems)
+    rows = [["", "", *columns]]
     for variable in dict.fromkeys(r["variable"] for r in records):
         for lead in chosen:
-            rows = []
+            title = variable + (f", {duration(lead)}" if lead is not None else "")
             for system in systems:
                 cells = [lookup.get((variable, lead, system, m)) for m in columns]
                 if any(cells):
-                    rows.append(f"  {system:<{width}}" + "".join(f"{_cell(c):>27}" for c in cells))
-            if rows:
-                title = variable + (f", lead {duration(lead)}" if lead is not None else "")
-                lines += [title, "  " + " " * width + "".join(f"{m:>27}" for m in columns), *rows, ""]
+                    rows.append([title, system, *map(_cell, cells)])
+                    title = ""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    for row in rows:
+        lines += [""] if row[0] else []
+        lines.append("  ".join([f"{row[0]:<{widths[0]}}", f"{row[1]:<{widths[1]}}", *map(str.rjust, row[2:], widths[2:])]))
     differences = [r for r in records if "_minus_" in r["metric"] and r["lead_time"] in chosen and r["low"] is not None]
     if differences:
-        lines.append("paired differences (negative: the first is better)")
-        for r in differences:
-            lead = f", lead {duration(r['lead_time'])}" if r["lead_time"] is not None else ""
-            metric, other = str(r["metric"]).split("_minus_")
-            lines.append(f"  {r['variable']}{lead}: {metric} of {r['system']} minus {other}: {_cell(r)}")
+        lines += ["", "paired differences, negative where the first is better"]
+    for r in differences:
+        lead = f", {duration(r['lead_time'])}" if r["lead_time"] is not None else ""
+        metric, other = str(r["metric"]).split("_minus_")
+        lines.append(f"  {r['variable']}{lead}: {metric} of {r['system']} minus {other}: {_cell(r)}")
     return "\n".join(lines)
 
 
