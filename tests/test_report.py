@@ -10,7 +10,11 @@ import pytest
 import xarray as xr
 from PIL import Image
 
+from appa_lite.config import compose
 from appa_lite.core.errors import UserError
+from appa_lite.core.store import write_dataset
+from appa_lite.stages import report as report_stage
+from appa_lite.stages import verify as verify_stage
 from appa_lite.verification.charts import Axis, Line, bar_chart, line_chart
 from appa_lite.verification.figures import DIVERGING, SEQUENTIAL, Scale, image
 from appa_lite.verification.hero import hero
@@ -46,7 +50,8 @@ def run():
 
 def test_the_page_holds_every_section_and_fetches_nothing(run):
     html = report(run)
-    for title in ("Reanalysis", "Scores of the reanalysis", "Scores at withheld observations", "Forecast", "Scores of the forecast", "How this"):
+    scores = ("Scores of the reanalysis", "Scores at withheld observations", "Scores of the forecast")
+    for title in ("Reanalysis", "Forecast", "How this was made", *scores):
         assert f"<h2>{title}" in html
     for part in ("Rank histograms", "Spectra", "Error and spread in time", "Error against lead time", "buoy 0: ssh", "<table>"):
         assert part in html
@@ -127,3 +132,34 @@ def test_pages_escape_what_they_show():
     html = build_report("<b>", "<i>", [("<u>", "<em>")], [Section("<s>", "<q>", "")])
     assert not re.search(r"<(i|u|em|s|q)>", html.split("<main>")[1]) and "<h1>&lt;b&gt;</h1>" in html
     assert viewer({"labels": ["</script>"]}).count("</script>") == 1
+
+
+def test_verify_and_report_from_files_to_files(run, tmp_path, capsys):
+    for name in ("truth", "reanalysis", "forecast"):
+        write_dataset(getattr(run, name), tmp_path / f"{name}.nc")
+    write_dataset(run.reanalysis, tmp_path / "optimal_interpolation.zarr")
+    run.observations.to_parquet(tmp_path / "observations.parquet")
+    renamed = run.withheld.assign(variable="height", observation=100 * run.withheld["observation"], error_std=10.0)
+    renamed.to_csv(tmp_path / "withheld.csv", index=False)
+    both = [f"truth={tmp_path}/truth.nc", "verification=quick"]
+    rival = f"baselines={{optimal_interpolation: {tmp_path}/optimal_interpolation.zarr}}"
+    verify_stage.run(compose("verify", [f"forecast={tmp_path}/reanalysis.nc", rival, f"out={tmp_path}/scores_reanalysis.json", *both]))
+    verify_stage.run(compose("verify", [f"forecast={tmp_path}/forecast.nc", f"out={tmp_path}/scores_forecast.csv", *both]))
+    units = "network={variables: {height: {name: ssh, scale: 0.01}}}"
+    seen = [f"forecast={tmp_path}/reanalysis.nc", f"observations={tmp_path}/withheld.csv", units, "verification=quick"]
+    verify_stage.run(compose("verify", [*seen, f"out={tmp_path}/scores_withheld.json"]))
+    assert "optimal_interpolation" in capsys.readouterr().out
+    assert set(pd.read_json(tmp_path / "scores_withheld.json")["variable"]) == {"ssh"}
+    kept = pd.read_csv(tmp_path / "scores_forecast.csv").query("system == 'persistence' and lead_time == 0 and metric == 'rmse'")
+    assert len(kept) == 2 and (kept["value"] == 0).all()
+    report_stage.run(compose("report", [f"run={tmp_path}", f"out={tmp_path}/report.html", f"picture={tmp_path}/hero.png", "title=Test"]))
+    assert "Scores at withheld observations" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert (tmp_path / "hero.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "word"), [("nowhere", "r.html", "no directory"), (".", "r.html", "holds no"), (".", "r.pdf", "html")]
+)
+def test_a_report_of_nothing_is_one_clear_line(tmp_path, name, out, word):
+    with pytest.raises(UserError, match=word):
+        report_stage.run(compose("report", [f"run={tmp_path / name}", f"out={tmp_path / out}"]))

@@ -3,11 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import xarray as xr
 from omegaconf import DictConfig
 
 from appa_lite.core.errors import UserError
 from appa_lite.core.store import atomic, open_dataset
+from appa_lite.data.open import open_fields
+from appa_lite.observations.build import build_observation
 from appa_lite.observations.table import read_table
 from appa_lite.verification.grid import standardise
 from appa_lite.verification.hero import hero
@@ -22,7 +26,7 @@ def run(cfg: DictConfig) -> None:
     """Write ``cfg.out`` from the outputs in ``cfg.run``, and the README's picture to ``cfg.picture`` if it is named."""
     if Path(cfg.out).suffix not in (".html", ".htm"):
         raise UserError(f"cannot write {cfg.out}: expected a name that ends in .html")
-    found = read_run(cfg.run, cfg.title)
+    found = read_run(cfg.run, cfg.title, cfg.network)
     page = report(found)
     with atomic(cfg.out) as partial:
         partial.write_text(page, encoding="utf-8")
@@ -36,11 +40,12 @@ def run(cfg: DictConfig) -> None:
         print(cfg.picture)
 
 
-def read_run(directory: str | Path, title: str | None = None) -> Run:
+def read_run(directory: str | Path, title: str | None = None, network: DictConfig | None = None) -> Run:
     """What a directory holds under the names that ``quickstart`` gives its files.
 
     ``truth, reanalysis, optimal_interpolation, forecast`` (.zarr or .nc), ``observations, withheld`` (.parquet, .csv or
     .nc), ``scores_reanalysis.json, scores_withheld.json, scores_forecast.json`` and their ``_details``, ``commands.txt``.
+    ``network`` tells how the observation files are to be read.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -53,7 +58,7 @@ def read_run(directory: str | Path, title: str | None = None) -> Run:
     for name in TABLES:
         path = _first(directory, name, (".parquet", ".csv", ".nc"))
         if path is not None:
-            setattr(found, name, read_table(path))
+            setattr(found, name, _in_units(read_table(path, network), found, network))
     for kind in KINDS:
         for name, target in ((f"scores_{kind}", found.scores), (f"scores_{kind}_details", found.details)):
             if (directory / f"{name}.json").exists():
@@ -63,6 +68,16 @@ def read_run(directory: str | Path, title: str | None = None) -> Run:
     if found.reanalysis is None and found.forecast is None and not found.scores:
         raise UserError(f"{directory} holds no reanalysis, forecast or scores: expected reanalysis.zarr, scores_reanalysis.json, ...")
     return found
+
+
+def _in_units(table: pd.DataFrame, found: Run, network: DictConfig | None) -> pd.DataFrame:
+    """The table's good rows in the names and units of the fields; as it is where there is nothing to compare with."""
+    data = next((d for d in (found.reanalysis, found.truth) if d is not None), None)
+    if data is None or network is None:
+        return table
+    _, spec = open_fields(data.isel(number=0, drop=True) if "number" in data.dims else data)
+    ends = np.unique(table["time"].dropna().to_numpy())[[0, -1]]
+    return build_observation(table, spec, np.unique(ends), network)[0].provenance
 
 
 def _first(directory: Path, name: str, endings: tuple[str, ...]) -> Path | None:

@@ -2,7 +2,7 @@ for(const box of document.querySelectorAll('.viewer')){
  const data=JSON.parse(box.querySelector('script').textContent),maps=box.querySelector('.maps'),tabs=box.querySelector('.tabs'),
   slider=box.querySelector('input'),output=box.querySelector('output'),button=box.querySelector('.controls button');
  let current=0,timer=null;
- const number=v=>Math.abs(v)>=1000||v===0?v.toFixed(0):Number(v.toPrecision(2)).toString().replace('-','\u2212');
+ const number=v=>Math.abs(v)>=1000||v===0?v.toFixed(0):Number(v.toPrecision(3)).toString().replace('-','\u2212');
  const build=()=>{maps.innerHTML='';for(const p of data.variables[current].panels){const f=document.createElement('figure');
   f.innerHTML='<figcaption></figcaption><div class="map" style="aspect-ratio:'+data.aspect+'"><img alt=""><svg viewBox="0 0 100 '+100/data.aspect+
    '"></svg><div class="note"></div></div><div class="scale"><span>'+number(p.low)+'</span><i style="background:'+p.gradient+'"></i><span>'+number(p.high)+'</span></div>';
