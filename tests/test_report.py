@@ -88,8 +88,12 @@ def test_a_ring_is_drawn_in_time():
     time = pd.date_range("2000", periods=30, freq="6h").to_numpy().astype("datetime64[ns]")
     fields = np.random.default_rng(0).standard_normal((30, 3, 40))
     ring = xr.Dataset({"x1": (("time", "number", "x"), fields)}, coords={"time": time, "x": np.arange(40.0)})
-    html = report(Run("ring", truth=ring.isel(number=0), reanalysis=ring))
+    table = pd.DataFrame({"time": time[::3], "x": np.linspace(0, 39, 10), "variable": "x1", "observation": 1.0})
+    html = report(Run("ring", truth=ring.isel(number=0), reanalysis=ring, observations=table))
     assert "position across" in html and "data:image" in html
+    (payload,) = re.findall(r'<script type="application/json">(.*?)</script>', html, re.S)
+    panels = json.loads(payload)["variables"][0]["panels"]
+    assert [p["title"] for p in panels][:3] == ["truth", "observations", "mean"] and len(panels[1]["points"][0]) == 10
     with pytest.raises(UserError, match="maps"):
         hero(ring, pd.DataFrame())
 

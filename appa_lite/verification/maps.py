@@ -150,8 +150,25 @@ def _hovmoeller(data: xr.Dataset, truth: xr.Dataset | None, observations: pd.Dat
             if state is not None:
                 picture = image(state.transpose("time", dim).values, shown, ensemble.sizes[dim] / len(moments))
                 panels.append({"title": title, "low": shown.low, "high": shown.high, "gradient": shown.gradient(), "frames": [picture]})
+        if observations is not None:
+            panels.insert(int(known is not None), _observed_ring(name, observations, ensemble, scale))
         variables.append({"label": f"{label(ensemble)}: position across, time upwards", "panels": panels})
     return viewer({"labels": [""], "aspect": 1.0, "start": 0, "variables": variables})
+
+
+def _observed_ring(name: str, table: pd.DataFrame, like: xr.DataArray, scale: Scale) -> dict:
+    """Observations of a ring, at most 1500 of them, in space and time."""
+    times, x = like["time"].values, like["x"].values
+    part = table[(table["variable"] == name) & (table["time"] >= times[0]) & (table["time"] <= times[-1])]
+    part = part.iloc[np.unique(np.linspace(0, max(len(part) - 1, 0), min(len(part), 1500)).astype(int))]
+    up = (part["time"].to_numpy() - times[0]) / max(times[-1] - times[0], np.timedelta64(1, "ns"))
+    across = (part["x"].to_numpy(dtype=np.float64) - x[0]) / (np.ptp(x) or 1.0)
+    size = np.array([len(x), len(times)])
+    places = 100 * (np.stack([across, 1 - up], axis=-1) * (size - 1) + 0.5) / size
+    colour = scale.hexes(part["observation"].to_numpy(dtype=np.float64))
+    points = [[round(float(a), 1), round(float(b), 1), c] for (a, b), c in zip(places, colour, strict=True)]
+    shared = {"low": scale.low, "high": scale.high, "gradient": scale.gradient()}
+    return {"title": "observations", **shared, "points": [points], "radius": 0.9}
 
 
 def _ahead(lead: np.timedelta64) -> str:
