@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xarray as xr
 
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec
+from appa_lite.core.store import open_dataset, write_dataset
 from appa_lite.models.autoencoder import SpatiotemporalAutoencoder
 from appa_lite.models.base import Autoencoder
 from appa_lite.models.denoiser import LatentDenoiser
@@ -15,14 +17,15 @@ from appa_lite.models.identity import IdentityAutoencoder
 from appa_lite.models.normalizer import Normalizer
 
 AUTOENCODERS = {c.__name__: c for c in (SpatiotemporalAutoencoder, IdentityAutoencoder)}
-FILE = "model.json"
+FILE, CLIMATOLOGY = "model.json", "climatology.nc"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Everything a trained prior needs. ``denoiser`` is None in the directory of an autoencoder.
 
-    ``settings`` is JSON: experiment, forcing periods, what the trainings measured (``autoencoder``, ``denoiser``).
+    ``settings`` is JSON: experiment, forcing periods, what the trainings measured (``autoencoder``, ``denoiser``);
+    ``climatology`` holds the mean ``<name>`` and standard deviation ``<name>_std`` of every cell over the training data.
     """
 
     spec: FieldSpec
@@ -30,6 +33,7 @@ class Checkpoint:
     autoencoder: Autoencoder
     denoiser: LatentDenoiser | None
     settings: dict
+    climatology: xr.Dataset | None = None
 
     def save(self, directory: Path, half: bool = False) -> None:
         """Write model.json and one folder a part, in half precision if asked."""
@@ -40,6 +44,8 @@ class Checkpoint:
                 saved = _copy(part).half() if half and name == "denoiser" else part
                 saved.save_pretrained(directory / name)
         record = {"format": 1, "spec": self.spec.to_dict(), "autoencoder": type(self.autoencoder).__name__, "settings": self.settings}
+        if self.climatology is not None:
+            write_dataset(self.climatology, directory / CLIMATOLOGY)
         (directory / FILE).write_text(json.dumps(record))
 
     @classmethod
@@ -62,8 +68,9 @@ class Checkpoint:
         parts = {"normalizer": Normalizer, "autoencoder": autoencoder_class}
         if (directory / "denoiser").is_dir():
             parts["denoiser"] = LatentDenoiser
+        climatology = open_dataset(directory / CLIMATOLOGY).load() if (directory / CLIMATOLOGY).is_file() else None
         loaded = {name: _load(kind, directory / name, device) for name, kind in parts.items()}
-        return cls(spec, loaded["normalizer"], loaded["autoencoder"], loaded.get("denoiser"), settings)
+        return cls(spec, loaded["normalizer"], loaded["autoencoder"], loaded.get("denoiser"), settings, climatology)
 
 
 def _copy(model: torch.nn.Module) -> torch.nn.Module:

@@ -6,6 +6,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
+from einops import rearrange
 from torch import Tensor, nn
 
 from appa_lite.core.covariance import SpaceTimeCovariance
@@ -25,6 +26,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
 
     Args:
         latent_shape: (Z, h, w); frames: T of a training window; width, depth, heads: of F; kernel: of its convolutions;
+        patch: latent rows and columns that one token of F holds;
         periodic: (rows, columns) wrap around; spatial_attention: attention over space in every second block;
         homogeneous: True where every place is alike (a ring), else F knows where it is;
         forcings: numbers per frame known in advance (time of day, of year); modes, lags: of C;
@@ -40,6 +42,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
         depth: int = 6,
         heads: int = 4,
         kernel: int = 3,
+        patch: Sequence[int] = (1, 1),
         periodic: Sequence[bool] = (False, False),
         spatial_attention: bool = True,
         homogeneous: bool = False,
@@ -56,17 +59,20 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
         self.covariance = SpaceTimeCovariance(torch.zeros(size, modes), torch.zeros(modes, lags), torch.ones(()))
         self.register_buffer("residual_ratio", torch.ones(max(len(noise_levels), 1), modes, frames))
         self.register_buffer("residual_ratio_rest", torch.ones(max(len(noise_levels), 1)))
-        self.inputs = nn.Linear(2 * z, d)
-        self.place = None if homogeneous else nn.Parameter(torch.zeros(h, w, d))
+        self.patch = q, r = tuple(patch)
+        if h % q or w % r:
+            raise ValueError(f"latents of {h} x {w} cells are not a multiple of the patch {q} x {r}")
+        self.inputs = nn.Linear(2 * z * q * r, d)
+        self.place = None if homogeneous else nn.Parameter(torch.zeros(h // q, w // r, d))
         self.frequencies = Timesteps(d, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.embedding = TimestepEmbedding(d, d)
         self.forcing = nn.Linear(forcings, d) if forcings else None
-        kernels = (kernel if h > 1 else 1, kernel)
+        kernels = (kernel if h // q > 1 else 1, kernel)
         self.blocks = nn.ModuleList(
             [SpaceTimeBlock(d, heads, kernels, tuple(periodic), frames, spatial_attention and i % 2 == 1) for i in range(depth)]
         )
         self.norm = nn.LayerNorm(d)
-        self.outputs = nn.Linear(d, z)
+        self.outputs = nn.Linear(d, z * q * r)
         nn.init.zeros_(self.outputs.weight)
         nn.init.zeros_(self.outputs.bias)
 
@@ -110,7 +116,9 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
     def network(self, x: Tensor, prior: Tensor, sigma: Tensor, forcing: Tensor | None) -> Tensor:
         """F, of order one. It sees the noised window, scaled to order one, and what G makes of it."""
         c_in = (1 + sigma**2).rsqrt()[:, None, None, None, None]
-        tokens = self.inputs(torch.cat([c_in * x, prior], dim=2).movedim(2, -1))
+        q, r = self.patch
+        both = torch.cat([c_in * x, prior], dim=2)
+        tokens = self.inputs(rearrange(both, "b t z (h q) (w r) -> b t h w (z q r)", q=q, r=r))
         if self.place is not None:
             tokens = tokens + self.place
         level = 100 * torch.log(sigma)
@@ -121,7 +129,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
             condition = condition + self.forcing(forcing.to(tokens))
         for block in self.blocks:
             tokens = block(tokens, condition)
-        return self.outputs(self.norm(tokens)).movedim(-1, 2)
+        return rearrange(self.outputs(self.norm(tokens)), "b t h w (z q r) -> b t z (h q) (w r)", q=q, r=r)
 
     @torch.no_grad()
     def set_climatology(self, mean: Tensor, covariance: SpaceTimeCovariance) -> None:

@@ -14,6 +14,7 @@ from appa_lite.core.fields import FieldSpec, Variable
 from appa_lite.observations import cells
 from appa_lite.observations.area_mean import AreaMeanOperator
 from appa_lite.observations.base import Observation, ObservationOperator, Stacked
+from appa_lite.observations.humidity import add_specific_humidity
 from appa_lite.observations.options import TableOptions, flag
 from appa_lite.observations.points import PointOperator
 from appa_lite.observations.table import canonical, sort
@@ -48,7 +49,10 @@ def build_observation(
         UserError: wrong units, a missing coordinate, a wrong option, or no good row.
     """
     options = TableOptions.parse(options)
-    table = sort(canonical(table, options))
+    table = canonical(table, options)
+    if options.specific_humidity is not None:
+        table = add_specific_humidity(table, options.specific_humidity, options.good_qc)
+    table = sort(table)
     table, reason = _to_spec(table, spec, options)
     _judge(table, reason, spec, options)
     good = np.flatnonzero(reason == "")

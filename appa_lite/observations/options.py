@@ -1,7 +1,7 @@
 """How a table of observations is to be read: the keys of ``configs/observations/*.yaml`` beside ``networks``."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 
 from appa_lite.core.errors import UserError
@@ -38,6 +38,23 @@ class Elevation:
 
 
 @dataclass(frozen=True)
+class Humidity:
+    """Specific humidity from simultaneous reports of a station, named as in the file (see `humidity`).
+
+    Args:
+        relative_humidity, temperature, pressure: what they are called in the file.
+        name: what the result is called in the dataset.
+        reduced: the pressure is that at mean sea level; False: at the station.
+    """
+
+    relative_humidity: str
+    temperature: str
+    pressure: str
+    name: str
+    reduced: bool = True
+
+
+@dataclass(frozen=True)
 class TableOptions:
     """Options of `read_table` and `build_observation`.
 
@@ -45,6 +62,7 @@ class TableOptions:
         time_interpolation: ``linear`` or ``nearest``.
         variables: {name in the file: {name, scale, offset, error_std, level}}.
         elevation: {variable, lapse_rate, grid_elevation}, or None.
+        specific_humidity: {relative_humidity, temperature, pressure, name, reduced}, or None.
         columns: {name in the file: time, latitude, ..., observation}, for files with names of their own.
         good_qc: flags that are accepted; no flag always is.
         reach: cells; how far the nearest existing cell may be from a point whose four neighbours are missing.
@@ -53,6 +71,7 @@ class TableOptions:
     time_interpolation: str = "linear"
     variables: Mapping[str, Renaming] = field(default_factory=dict)
     elevation: Elevation | None = None
+    specific_humidity: Humidity | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     good_qc: tuple[str, ...] = ("0", "1")
     reach: float = 1.5
@@ -72,6 +91,8 @@ class TableOptions:
             options["variables"] = {k: _entry({"name": k, **(v or {})}, Renaming, k) for k, v in options["variables"].items()}
         if options.get("elevation"):
             options["elevation"] = _entry(options["elevation"], Elevation, "elevation")
+        if options.get("specific_humidity"):
+            options["specific_humidity"] = _entry(options["specific_humidity"], Humidity, "specific_humidity")
         if "good_qc" in options:
             options["good_qc"] = tuple(flag(q) for q in options["good_qc"] or ())
         return cls(**{k: v for k, v in options.items() if v is not None})
@@ -89,6 +110,9 @@ def flag(value: object) -> str:
 
 def _entry(values: Mapping, kind: type, where: str) -> object:
     _check(values, kind, where)
+    absent = [f.name for f in fields(kind) if f.default is MISSING and f.name not in values]
+    if absent:
+        raise UserError(f"{where} needs {', '.join(absent)}")
     return kind(**values)
 
 

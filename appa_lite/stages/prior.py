@@ -12,7 +12,7 @@ from appa_lite.diffusion.base import Sampler
 from appa_lite.forecasters.base import Assimilator, Forecaster
 from appa_lite.guidance.base import Guidance
 from appa_lite.models.checkpoint import Checkpoint
-from appa_lite.stages.simulate import device
+from appa_lite.stages.device import device
 
 
 def competitor(cfg: DictConfig, kind: type[Assimilator] | type[Forecaster]) -> tuple[Assimilator | Forecaster, Checkpoint]:

@@ -25,7 +25,7 @@ def run(cfg: DictConfig) -> None:
     if cfg.members < 1:
         raise UserError(f"members={cfg.members} must be at least 1")
     assimilator, checkpoint = competitor(cfg, Assimilator)
-    options = TableOptions.parse(OmegaConf.to_container(cfg.table))
+    options = TableOptions.parse(None if cfg.network is None else OmegaConf.to_container(cfg.network))
     table = _withhold(read_table(cfg.observations, options), list(cfg.withhold_stations))
     times = frame_times(table["time"], cfg.start, cfg.end, checkpoint.spec.step, checkpoint.settings.get("phase", 0.0))
     observation, counts = build_observation(table, checkpoint.spec, times, options)

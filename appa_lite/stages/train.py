@@ -18,7 +18,7 @@ from appa_lite.models.base import Autoencoder
 from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.models.denoiser import LatentDenoiser
 from appa_lite.models.normalizer import Normalizer
-from appa_lite.training.autoencoder import AutoencoderTraining, Sample, reconstruction_card
+from appa_lite.training.autoencoder import AutoencoderTraining, Sample, climatology, reconstruction_card
 from appa_lite.training.denoiser import DenoiserTraining, LatentWindows
 from appa_lite.training.loop import TrainingConfig, train
 
@@ -72,11 +72,11 @@ def _autoencoder(cfg: DictConfig, cls: type, keywords: dict, run_directory: Path
     model = build(cfg.trainable, Autoencoder, **given)
     if not any(p.requires_grad for p in model.parameters()):
         card = reconstruction_card(model, normalizer, spec, some, test)
-        Checkpoint(spec, normalizer, model, None, settings | {"autoencoder": card}).save(run_directory / "model")
+        Checkpoint(spec, normalizer, model, None, settings | {"autoencoder": card}, climatology(spec, fields)).save(run_directory / "model")
         return {"compression": card["compression"]}
     model.mask.copy_(spec.mask_tensor())
     weights = OmegaConf.to_container(cfg.weights)
-    training = AutoencoderTraining(model, normalizer, spec, weights, some, test, settings)
+    training = AutoencoderTraining(model, normalizer, spec, weights, some, test, settings, climatology(spec, fields))
     model.start_from_components(normalizer(some.fields, some.times), torch.tensor([float(weights.get(n, 1.0)) for n in spec.names]))
     windows = [WindowDataset(f, t, cfg.window, s) for f, t, s in ((fields, times, cfg.window_stride), (held, held_times, cfg.window))]
     return train(training, *windows, _settings(cfg), run_directory)
@@ -104,6 +104,7 @@ def _denoiser(cfg: DictConfig, cls: type, keywords: dict, run_directory: Path) -
     base = Checkpoint.load(cfg.autoencoder)
     fields, times, held, held_times, _ = _data(cfg, base.spec)
     stride = base.autoencoder.stride[0]
+    base = dataclasses.replace(base, climatology=climatology(base.spec, fields))
     pairs = [(encode(base, f, t), t[: f.shape[1] // stride * stride : stride]) for f, t in ((fields, times), (held, held_times))]
     del fields, held
     periods = tuple(base.settings["forcing_periods"])

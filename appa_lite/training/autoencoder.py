@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import xarray as xr
 from torch import Tensor, nn
 
 from appa_lite.core.fields import FieldSpec
@@ -39,6 +40,7 @@ class AutoencoderTraining(Trainable):
     train: Sample
     test: Sample
     settings: dict = field(default_factory=dict)
+    climatology: xr.Dataset | None = None
 
     def __post_init__(self):
         self.normalizer.requires_grad_(False)
@@ -74,7 +76,7 @@ class AutoencoderTraining(Trainable):
         model, normalizer = self.model.cpu(), self.normalizer.cpu()
         model.standardise(normalizer(self.train.fields, self.train.times))
         card = reconstruction_card(model, normalizer, self.spec, self.train, self.test)
-        Checkpoint(self.spec, normalizer, model, None, self.settings | {"autoencoder": card}).save(directory)
+        Checkpoint(self.spec, normalizer, model, None, self.settings | {"autoencoder": card}, self.climatology).save(directory)
 
 
 @torch.no_grad()
@@ -132,3 +134,19 @@ def spectrum_ratio(fields: Tensor, truth: Tensor) -> list[float]:
     k = (ky**2 + kx**2).sqrt()
     bands = [(k > a) & (k <= b) for a, b in ((0, 1 / 6), (1 / 6, 1 / 3), (1 / 3, 1 / 2))]
     return [float(power[0][b].sum() / power[1][b].sum()) for b in bands]
+
+
+def climatology(spec: FieldSpec, fields: Tensor) -> xr.Dataset:
+    """Mean ``<name>`` and standard deviation ``<name>_std`` of every cell, of fields (N, T, C, H, W) and what is derived from them."""
+    parts = []
+    for quantity in (*spec.variables, *spec.derived):
+        values = torch.stack([spec.evaluate(trajectory, quantity.name) for trajectory in fields]).flatten(0, 1)
+        parts.append((quantity, values.double().mean(0), values.double().std(0)))
+    coords = spec.grid.coords()
+    mask = spec.mask_tensor()
+    out = xr.Dataset(coords=coords)
+    for quantity, mean, std in parts:
+        for name, array in ((quantity.name, mean), (f"{quantity.name}_std", std)):
+            array = torch.where(mask, array, torch.nan).numpy()
+            out[name] = (spec.grid.dims, array[0] if len(spec.grid.dims) == 1 else array, {"units": quantity.units})
+    return out
