@@ -13,6 +13,10 @@ COMMANDS = {
     "quickstart": ("everything at once on the shipped ocean, from a truth to a report", "out=runs/quickstart"),
     "simulate": ("run a simulator: trajectories to train on and truths to test with", "experiment=lorenz96 out=runs/truth.zarr"),
     "observe": ("draw an honest, noisy observation file from a truth", "experiment=lorenz96 truth=runs/truth.zarr out=runs/obs.parquet"),
+    "calibrate": (
+        "learn station biases and representativeness errors from a gridded truth",
+        "observations=stations.csv truth=analysis.nc period=[2017-01-01,2017-01-21] out=runs/stations.parquet",
+    ),
     "train": (
         "train an autoencoder, then a denoiser on its latents",
         "experiment=lorenz96 trainable=autoencoder data=runs/train.zarr run=runs/autoencoder",
