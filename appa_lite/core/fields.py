@@ -194,7 +194,9 @@ class FieldSpec:
         """
         if fields.ndim != len(coords) + 3:
             raise ValueError(f"fields of shape {tuple(fields.shape)} need {fields.ndim - 3} leading coordinates, got {list(coords)}")
-        fields = torch.where(self.mask_tensor().to(fields.device), fields, torch.full((), torch.nan, dtype=fields.dtype, device=fields.device))
+        fields = torch.where(
+            self.mask_tensor().to(fields.device), fields, torch.full((), torch.nan, dtype=fields.dtype, device=fields.device)
+        )
         dims = (*coords, *self.grid.dims)
         out = xr.Dataset(coords={**{k: _coordinate(k, v) for k, v in coords.items()}, **self.grid.coords()})
         for entry in (*self.variables, *(self.derived if derived else ())):

@@ -42,7 +42,9 @@ class WindowLayout:
         return torch.stack([ramp / total[start : start + self.window] for start in self.starts()])
 
 
-def compose_windows(correction: Callable[[Tensor, Tensor, list[int]], Tensor], far: Denoiser, layout: WindowLayout, batch: int = 16) -> Denoiser:
+def compose_windows(
+    correction: Callable[[Tensor, Tensor, list[int]], Tensor], far: Denoiser, layout: WindowLayout, batch: int = 16
+) -> Denoiser:
     """A denoiser of the whole trajectory, from a linear one of all frames and a learned correction of windows.
 
         D(x) = G(x) + sum_w b_w [D_w(x_w) - G_w(x_w)]

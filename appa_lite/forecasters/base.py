@@ -19,7 +19,9 @@ class Assimilator(ABC):
     """Trajectories given observations."""
 
     @abstractmethod
-    def assimilate(self, observation: Observation | None, times: np.ndarray, members: Sequence[int], seed: int, progress: Progress = silent) -> Tensor:
+    def assimilate(
+        self, observation: Observation | None, times: np.ndarray, members: Sequence[int], seed: int, progress: Progress = silent
+    ) -> Tensor:
         """Fields (B, T, C, H, W), in physical units, of the given members at ``times`` (T,) datetime64, equally spaced.
 
         Member m depends on (seed, m) alone. No observation means the prior.
@@ -30,7 +32,9 @@ class Forecaster(ABC):
     """Trajectories that go on from known frames."""
 
     @abstractmethod
-    def forecast(self, initial: Tensor, times: np.ndarray, frames: int, members: Sequence[int], seed: int, progress: Progress = silent) -> Tensor:
+    def forecast(
+        self, initial: Tensor, times: np.ndarray, frames: int, members: Sequence[int], seed: int, progress: Progress = silent
+    ) -> Tensor:
         """Fields (B, frames, C, H, W) after the last of the known frames.
 
         ``initial`` (B, n, C, H, W) holds the known frames of each member at ``times`` (n,), the last one the initial time.

@@ -43,7 +43,9 @@ class LatentDiffusion(Assimilator, Forecaster):
         """The stretch that is sampled for frames at ``times``."""
         return Period.around(times, self.checkpoint.spec.step, self.stride, self.checkpoint.denoiser.config.frames)
 
-    def assimilate(self, observation: Observation | None, times: np.ndarray, members: Sequence[int], seed: int, progress: Progress = silent) -> Tensor:
+    def assimilate(
+        self, observation: Observation | None, times: np.ndarray, members: Sequence[int], seed: int, progress: Progress = silent
+    ) -> Tensor:
         prior = Prior(self.checkpoint, self.period(times), self.overlap, self.batch)
         latent = None if observation is None else prior.observe(later(observation, prior.period.before))
         parts = []
@@ -59,7 +61,9 @@ class LatentDiffusion(Assimilator, Forecaster):
         """Rolled on by windows: the last known latent frames are observed, the rest is free. Needs at least one stride of frames."""
         known = initial.shape[1] // self.stride
         if known < 1:
-            raise UserError(f"a forecast needs at least {self.stride} consecutive frames, found {initial.shape[1]}: give an analysis with its past")
+            raise UserError(
+                f"a forecast needs at least {self.stride} consecutive frames, found {initial.shape[1]}: give an analysis with its past"
+            )
         window = self.checkpoint.denoiser.config.frames
         known = min(known, window // 2)
         history = initial[:, -known * self.stride :]
@@ -93,7 +97,15 @@ class LatentDiffusion(Assimilator, Forecaster):
         return LatentObservation(operator, values, torch.full((values.shape[1],), self.known_error**2))
 
     def _sample(
-        self, prior: Prior, latent: LatentObservation | None, members: list[int], seed: int, name: str, progress: Progress, begin: int, total: int
+        self,
+        prior: Prior,
+        latent: LatentObservation | None,
+        members: list[int],
+        seed: int,
+        name: str,
+        progress: Progress,
+        begin: int,
+        total: int,
     ) -> Tensor:
         denoiser = prior.denoiser()
         if latent is not None:
@@ -109,7 +121,9 @@ class LatentDiffusion(Assimilator, Forecaster):
                     return plain(x, sigma)
 
         noise = _noise(Streams(seed, members, name), prior.shape)
-        latents = self.sampler(denoiser, noise, lambda step, steps: progress(f"members {begin + 1}-{begin + len(members)} of {total}", step, steps))
+        latents = self.sampler(
+            denoiser, noise, lambda step, steps: progress(f"members {begin + 1}-{begin + len(members)} of {total}", step, steps)
+        )
         if latent is not None:
             self.report.merge(report)
         return latents.detach()

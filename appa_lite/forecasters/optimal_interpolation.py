@@ -33,13 +33,17 @@ class OptimalInterpolation(Assimilator):
         self.report = SolverReport()
 
     @torch.no_grad()
-    def assimilate(self, observation: Observation | None, times: np.ndarray, members: Sequence[int], seed: int, progress: Progress = silent) -> Tensor:
+    def assimilate(
+        self, observation: Observation | None, times: np.ndarray, members: Sequence[int], seed: int, progress: Progress = silent
+    ) -> Tensor:
         model, stride = self.checkpoint.denoiser, self.checkpoint.autoencoder.stride[0]
         period = Period.around(times, self.checkpoint.spec.step, stride, model.config.frames)
         prior = Prior(self.checkpoint, period, 0, 1)
         covariance = ModeCovariance(prior, prior_only=True)
         streams = Streams(seed, members, "optimal_interpolation")
-        draws = covariance.project(model.covariance.sample(streams.normal((prior.shape[0], int(np.prod(prior.shape[1:]))))).unflatten(-1, prior.shape[1:]))
+        draws = covariance.project(
+            model.covariance.sample(streams.normal((prior.shape[0], int(np.prod(prior.shape[1:]))))).unflatten(-1, prior.shape[1:])
+        )
         if observation is None:
             return self._decode(prior, draws, covariance)
         latent = prior.observe(later(observation, period.before))

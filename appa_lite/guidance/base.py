@@ -85,7 +85,9 @@ class Guidance(ABC):
     """(prior denoiser, observation, covariance) -> posterior denoiser."""
 
     @abstractmethod
-    def __call__(self, denoiser: Denoiser, observation: LatentObservation, covariance: PosteriorCovariance, report: SolverReport) -> Denoiser:
+    def __call__(
+        self, denoiser: Denoiser, observation: LatentObservation, covariance: PosteriorCovariance, report: SolverReport
+    ) -> Denoiser:
         """The denoiser of the posterior; ``report`` collects what its solver does."""
 
 

@@ -29,7 +29,9 @@ class MomentMatching(Guidance):
     def __init__(self, jacobian: bool = True, tolerance: float = 0.01, max_iterations: int = 300, inflation: float = 1.0):
         self.jacobian, self.tolerance, self.max_iterations, self.inflation = jacobian, tolerance, max_iterations, inflation
 
-    def __call__(self, denoiser: Denoiser, observation: LatentObservation, covariance: PosteriorCovariance, report: SolverReport) -> Denoiser:
+    def __call__(
+        self, denoiser: Denoiser, observation: LatentObservation, covariance: PosteriorCovariance, report: SolverReport
+    ) -> Denoiser:
         whiten = observation.variance.rsqrt()
         state: dict[str, Tensor] = {}
 

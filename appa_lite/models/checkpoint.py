@@ -81,7 +81,9 @@ def _copy(model: torch.nn.Module) -> torch.nn.Module:
 
 def _load(kind: type, directory: Path, device: torch.device | str) -> torch.nn.Module:
     try:
-        model = kind.from_pretrained(directory, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32)
+        model = kind.from_pretrained(
+            directory, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
+        )
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot load '{directory}': {str(error).splitlines()[0]}") from None
     return model.to(device).eval().requires_grad_(False)

@@ -41,7 +41,10 @@ class Normalizer(ModelMixin, ConfigMixin):
         """g(x), (..., C, H, W)."""
         if all(t == "identity" for t in self.transforms):
             return x
-        channels = [x[..., i, :, :] if t == "identity" else torch.log1p(x[..., i, :, :].clamp(min=0) / self.offsets[i]) for i, t in enumerate(self.transforms)]
+        channels = [
+            x[..., i, :, :] if t == "identity" else torch.log1p(x[..., i, :, :].clamp(min=0) / self.offsets[i])
+            for i, t in enumerate(self.transforms)
+        ]
         return torch.stack(channels, dim=-3)
 
     def untransform(self, g: Tensor) -> Tensor:
@@ -49,7 +52,8 @@ class Normalizer(ModelMixin, ConfigMixin):
         if all(t == "identity" for t in self.transforms):
             return g
         channels = [
-            g[..., i, :, :] if t == "identity" else torch.expm1(g[..., i, :, :].clamp(min=0)) * self.offsets[i] for i, t in enumerate(self.transforms)
+            g[..., i, :, :] if t == "identity" else torch.expm1(g[..., i, :, :].clamp(min=0)) * self.offsets[i]
+            for i, t in enumerate(self.transforms)
         ]
         return torch.stack(channels, dim=-3)
 

@@ -147,7 +147,9 @@ class Stacked(ObservationOperator):
     def merged(self) -> "WeightedCells":
         """The same rows as one sparse matrix, its terms padded to the longest."""
         parts, most = self.parts, max(part.index.shape[1] for part in self.parts)
-        widen = {name: [torch.nn.functional.pad(getattr(p, name), (0, most - p.index.shape[1])) for p in parts] for name in ("index", "weight")}
+        widen = {
+            name: [torch.nn.functional.pad(getattr(p, name), (0, most - p.index.shape[1])) for p in parts] for name in ("index", "weight")
+        }
         offsets = torch.tensor([0] + [len(p) for p in parts[:-1]]).cumsum(0)
         same = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("norm", "offset", "frame", "first", "last")}
         row = torch.cat([p.row + int(o) for p, o in zip(parts, offsets, strict=True)])

@@ -20,7 +20,7 @@ def run(cfg: DictConfig) -> None:
     check_target(cfg.out)
     forecaster, checkpoint = competitor(cfg, Forecaster)
     spec = checkpoint.spec
-    frames = int(round(duration(cfg.lead, "lead") / spec.step))
+    frames = round(duration(cfg.lead, "lead") / spec.step)
     if frames < 1:
         raise UserError(f"lead={cfg.lead} is shorter than a frame of this model, {spec.step / 3600:g} hours")
     dataset, fields = _initial(cfg, spec)

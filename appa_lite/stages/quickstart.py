@@ -39,8 +39,8 @@ def lines(cfg: DictConfig, checkpoint: Path, out: Path) -> list[list[str]]:
     step = model.spec.step
     phase = model.settings.get("phase", 0.0)
     begin = phase + np.ceil((START.astype("datetime64[s]").astype(float) - phase) / step) * step
-    observed = int(round(cfg.days * 86400 / step))
-    ahead = int(round(duration(cfg.lead, "lead") / step))
+    observed = round(cfg.days * 86400 / step)
+    ahead = round(duration(cfg.lead, "lead") / step)
     if observed < 2:
         raise UserError(f"days={cfg.days} is shorter than two frames of this model, {2 * step / 86400:g} days")
     date = lambda frame: str(np.datetime64(int(begin + frame * step), "s"))  # noqa: E731
@@ -49,22 +49,25 @@ def lines(cfg: DictConfig, checkpoint: Path, out: Path) -> list[list[str]]:
     files |= {name: str(out / f"{name}.zarr") for name in ("reanalysis", "optimal_interpolation", "forecast")}
     states = checkpoint / "states.safetensors"
     start = [f"states={states}", "spinup=50"] if states.is_file() else []
-    truth = ["simulate", experiment, f"out={files['truth.zarr']}", "trajectories=1", f"frames={observed + ahead + 1}", f"start={date(0)}", *start]
+    truth = ["simulate", experiment, f"out={files['truth.zarr']}", "trajectories=1", f"start={date(0)}", *start]
+    truth += [f"frames={observed + ahead + 1}", f"seed={cfg.seed + 100}"]
+    observing = ["observe", experiment, f"truth={files['truth.zarr']}", f"end={date(observed)}"]
     common = [f"checkpoint={checkpoint}", f"device={cfg.device}", seed, f"size={cfg.size}"]
     analysis = ["reanalysis", experiment, *common, f"observations={files['observations.parquet']}", f"members={cfg.members}"]
     analysis += [f"start={date(0)}", f"end={date(observed)}"]
     compare = f"baselines={{optimal_interpolation: {files['optimal_interpolation']}}}"
     scores = ["verify", f"checkpoint={checkpoint}", seed]
+    scored = [*scores, f"forecast={files['reanalysis']}", compare]
+    title = "title=A turbulent ocean from sparse observations"
     return [
-        [*truth, f"seed={cfg.seed + 100}"],
-        ["observe", experiment, f"truth={files['truth.zarr']}", f"out={files['observations.parquet']}", f"end={date(observed)}", seed],
-        ["observe", experiment, f"truth={files['truth.zarr']}", f"out={files['withheld.parquet']}", f"end={date(observed)}", f"seed={cfg.seed + 1}"]
-        + ["network=withheld"],
+        truth,
+        [*observing, f"out={files['observations.parquet']}", seed],
+        [*observing, f"out={files['withheld.parquet']}", f"seed={cfg.seed + 1}", "network=withheld"],
         [*analysis, f"out={files['reanalysis']}"],
         [*analysis, f"out={files['optimal_interpolation']}", "forecaster=optimal_interpolation"],
         ["forecast", experiment, *common, f"initial={files['reanalysis']}", f"out={files['forecast']}", f"lead={cfg.lead}"],
-        [*scores, f"forecast={files['reanalysis']}", f"truth={files['truth.zarr']}", compare, f"out={out / 'scores_reanalysis.json'}"],
-        [*scores, f"forecast={files['reanalysis']}", f"observations={files['withheld.parquet']}", compare, f"out={out / 'scores_withheld.json'}"],
+        [*scored, f"truth={files['truth.zarr']}", f"out={out / 'scores_reanalysis.json'}"],
+        [*scored, f"observations={files['withheld.parquet']}", f"out={out / 'scores_withheld.json'}"],
         [*scores, f"forecast={files['forecast']}", f"truth={files['truth.zarr']}", f"out={out / 'scores_forecast.json'}"],
-        ["report", f"run={out}", f"out={out / 'report.html'}", f"picture={out / 'picture.png'}", "title=A turbulent ocean from sparse observations"],
+        ["report", f"run={out}", f"out={out / 'report.html'}", f"picture={out / 'picture.png'}", title],
     ]

@@ -38,7 +38,9 @@ def run(cfg: DictConfig) -> None:
     summary = assimilator.report.summary()
     limit = cfg.guidance.get("tolerance", 0.01)
     if summary["solver_residual_max"] > 10 * limit:
-        log.warning("the linear solver stopped at a relative residual of %.2g: raise guidance.max_iterations", summary["solver_residual_max"])
+        log.warning(
+            "the linear solver stopped at a relative residual of %.2g: raise guidance.max_iterations", summary["solver_residual_max"]
+        )
     residual = (observation.residual(fields.mean(0)) ** 2 / observation.variance).mean()
     attrs = provenance(cfg, cfg.seed, [cfg.observations]) | summary | {"observation_counts": json.dumps(counts)}
     attrs |= {"field_spec": json.dumps(checkpoint.spec.to_dict()), "chi_square_of_the_mean": float(residual)}

@@ -62,8 +62,13 @@ def _settings(cfg: DictConfig) -> TrainingConfig:
 def _autoencoder(cfg: DictConfig, cls: type, keywords: dict, run_directory: Path) -> dict[str, float]:
     fields, times, held, held_times, spec = _data(cfg)
     if min(fields.shape[1], held.shape[1]) < cfg.window:
-        raise UserError(f"window={cfg.window} frames is longer than the data: {fields.shape[1]} and {held.shape[1]} frames to train and validate on")
-    pick = [[dict(cfg.normalizer[key]).get(name, default) for name in spec.names] for key, default in (("transforms", "identity"), ("offsets", 1.0))]
+        raise UserError(
+            f"window={cfg.window} frames is longer than the data: {fields.shape[1]} and {held.shape[1]} frames to train and validate on"
+        )
+    pick = [
+        [dict(cfg.normalizer[key]).get(name, default) for name in spec.names]
+        for key, default in (("transforms", "identity"), ("offsets", 1.0))
+    ]
     normalizer = Normalizer(spec.shape, list(cfg.normalizer.periods), *pick).fit(fields, times, spec.mask_tensor())
     settings = {"experiment": cfg.experiment, "forcing_periods": list(cfg.forcing_periods), "phase": float(times[0] % spec.step)}
     some = Sample(fields[: max(1, 3000 // fields.shape[1])], times)
