@@ -101,7 +101,7 @@ class Prior:
             autoencoder.reach,
         )
         nonlinear = any(t != "identity" for t in normalizer.transforms)
-        slope = (lambda z: normalizer.derivative(autoencoder.decode(z), self.period.times)) if nonlinear else None
+        slope = (lambda z: normalizer.derivative(autoencoder.decode(z), self.period.times) / scale) if nonlinear else None
         operator = DecodedCells(cells, self.period.latent_frames, self.decode, responses, slope)
         return LatentObservation(operator, observation.values, observation.variance)
 
