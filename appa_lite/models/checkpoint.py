@@ -36,13 +36,12 @@ class Checkpoint:
     climatology: xr.Dataset | None = None
 
     def save(self, directory: Path, half: bool = False) -> None:
-        """Write model.json and one folder a part, in half precision if asked."""
+        """Write model.json and one folder a part; the denoiser's weights in half precision if asked."""
         directory.mkdir(parents=True, exist_ok=True)
         for name in ("normalizer", "autoencoder", "denoiser"):
             part = getattr(self, name)
             if part is not None:
-                saved = _copy(part).half() if half and name == "denoiser" else part
-                saved.save_pretrained(directory / name)
+                (_halved(part) if half and name == "denoiser" else part).save_pretrained(directory / name)
         record = {"format": 1, "spec": self.spec.to_dict(), "autoencoder": type(self.autoencoder).__name__, "settings": self.settings}
         if self.climatology is not None:
             write_dataset(self.climatology, directory / CLIMATOLOGY)
@@ -63,7 +62,7 @@ class Checkpoint:
             spec = FieldSpec.from_dict(record["spec"])
             autoencoder_class = AUTOENCODERS[record["autoencoder"]]
             settings = record["settings"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"'{directory / FILE}' is not a model description of this version: {error!r}") from None
         parts = {"normalizer": Normalizer, "autoencoder": autoencoder_class}
         if (directory / "denoiser").is_dir():
@@ -73,9 +72,14 @@ class Checkpoint:
         return cls(spec, loaded["normalizer"], loaded["autoencoder"], loaded.get("denoiser"), settings, climatology)
 
 
-def _copy(model: torch.nn.Module) -> torch.nn.Module:
-    fresh = type(model)(**{k: v for k, v in model.config.items() if not k.startswith("_")})
+def _halved(model: LatentDenoiser) -> LatentDenoiser:
+    """A copy with weights and spatial modes in half precision. Autocovariances stay: the small eigenvalues of their
+    Toeplitz matrices are differences far below half precision."""
+    fresh = LatentDenoiser(**{k: v for k, v in model.config.items() if not k.startswith("_")})
     fresh.load_state_dict(model.state_dict())
+    for parameter in fresh.parameters():
+        parameter.data = parameter.data.half()
+    fresh.covariance.basis = fresh.covariance.basis.half()
     return fresh
 
 
@@ -86,4 +90,4 @@ def _load(kind: type, directory: Path, device: torch.device | str) -> torch.nn.M
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot load '{directory}': {str(error).splitlines()[0]}") from None
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device, torch.float32).eval().requires_grad_(False)

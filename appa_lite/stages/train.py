@@ -116,9 +116,9 @@ def _denoiser(cfg: DictConfig, cls: type, keywords: dict, run_directory: Path) -
     levels = torch.logspace(*(torch.tensor(v).log10() for v in (cfg.noise.low, cfg.noise.high)), cfg.noise.levels).tolist()
     given = {"latent_shape": base.autoencoder.latent_shape, "frames": cfg.window, "periodic": base.spec.grid.periodic}
     given |= {"forcings": 2 * len(periods), "noise_levels": levels}
-    lags = min(cfg.trainable.lags, pairs[0][0].shape[1])
-    model = build(OmegaConf.merge(cfg.trainable, {"lags": lags}), LatentDenoiser, **given)
     train_latents = pairs[0][0].flatten(2)
+    lags, modes = min(cfg.trainable.lags, train_latents.shape[1]), min(cfg.trainable.modes, train_latents[..., 0].numel())
+    model = build(OmegaConf.merge(cfg.trainable, {"lags": lags, "modes": modes}), LatentDenoiser, **given)
     mean = train_latents.mean((0, 1))
     model.set_climatology(mean, estimate_covariance(train_latents - mean, model.covariance.modes, lags))
     windows = [
