@@ -89,8 +89,25 @@ class SpaceTimeCovariance(nn.Module):
         return self.function(noise, lambda v: v.clamp(min=0).sqrt())
 
 
-def estimate_covariance(series: Tensor, modes: int, lags: int) -> SpaceTimeCovariance:
+def localisation(shape: tuple[int, int, int], periodic: tuple[bool, bool], length: float) -> Tensor:
+    """Taper (D, D) of the covariance of latents (Z, h, w): Gaspari and Cohn (1999), eq. 4.10, zero beyond 2 ``length`` cells."""
+    z, h, w = shape
+    squares = []
+    for n, wraps in ((h, periodic[0]), (w, periodic[1])):
+        apart = (torch.arange(n)[:, None] - torch.arange(n)[None, :]).abs().double()
+        squares.append((torch.minimum(apart, n - apart) if wraps else apart) ** 2)
+    r = (squares[0][:, None, :, None] + squares[1][None, :, None, :]).sqrt().reshape(h * w, h * w) / length
+    near = 1 - 5 / 3 * r**2 + 5 / 8 * r**3 + r**4 / 2 - r**5 / 4
+    s = r.clamp(min=1)
+    far = 4 - 5 * s + 5 / 3 * s**2 + 5 / 8 * s**3 - s**4 / 2 + s**5 / 12 - 2 / (3 * s)
+    return torch.where(r <= 1, near, torch.where(r < 2, far, 0)).repeat(z, z)
+
+
+def estimate_covariance(series: Tensor, modes: int, lags: int, taper: Tensor | None = None) -> SpaceTimeCovariance:
     """Fit the covariance to trajectories (N, T, D) of anomalies (mean zero), in float64.
+
+    With a ``taper`` (D, D), the spatial covariance is multiplied by it entry by entry: fewer independent samples than
+    numbers in a frame make chance correlations between distant places, and leave out directions that have variance.
 
     EOFs are the leading eigenvectors of the pooled spatial covariance; autocovariances are the biased estimates
     (1/(N T)) sum_t a_k(t) a_k(t + tau), which are positive semi-definite, pooled over trajectories.
@@ -103,11 +120,15 @@ def estimate_covariance(series: Tensor, modes: int, lags: int) -> SpaceTimeCovar
         x = trajectory.double()
         covariance += x.T @ x
     covariance /= n * t
+    if taper is not None:
+        covariance *= taper
     values, vectors = torch.linalg.eigh(covariance)
-    k = min(modes, d, n * t)
+    k = min(modes, d, n * t if taper is None else d)
     basis = vectors.flip(-1)[:, :k].contiguous()
     remainder = values.flip(-1)[k:].mean() if k < d else torch.zeros((), dtype=torch.float64)
     lags = min(lags, t)
     components = torch.stack([trajectory.double() @ basis for trajectory in series])
     autocovariance = torch.stack([(components[:, : t - lag] * components[:, lag:]).sum((0, 1)) / (n * t) for lag in range(lags)], dim=1)
+    if taper is not None:  # the shape of the projected series' autocovariance, the variance of the tapered covariance
+        autocovariance *= (values.flip(-1)[:k].clamp(min=0) / autocovariance[:, 0].clamp(min=1e-12))[:, None]
     return SpaceTimeCovariance(basis.float(), autocovariance.float(), remainder.clamp(min=0).float())

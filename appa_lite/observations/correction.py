@@ -1,6 +1,9 @@
 """Station corrections and representativeness error, learned from a period in which the gridded truth is known.
 
-    r_st = y_st - A(x)_st,    mean_t r_st = alpha + beta elev_s + u_s,    u_s ~ N(0, sigma_b^2)
+    r_st = y_st - A(x)_st = alpha + beta elev_s + u_s + h(t) + e_st,    u_s ~ N(0, sigma_b^2)
+
+with h the harmonics of given periods (a day), which all stations share: what the gridded field does not resolve, such as the
+amplitude of the daily cycle near the ground, is alike at all of them.
 
 A station that is assimilated is corrected by its own mean residual, shrunk towards the regression as far as its mean is
 uncertain; one that is withheld by the regression alone, which it takes no part in. Source: empirical Bayes estimation of
@@ -14,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from appa_lite.core.errors import UserError
+from appa_lite.core.fields import to_seconds
 
 SHORT = 2  # stations (or independent samples) below which a spread cannot be estimated
 
@@ -28,6 +32,7 @@ class Correction:
         within: standard deviation of a station's residuals about its own correction: representativeness and instrument.
         memory: correlation of successive residuals of a station.
         stations: bias of each station that is assimilated.
+        periods: seconds; harmonics: their cosines' and sines' amplitudes, in turn.
     """
 
     intercept: float
@@ -38,6 +43,12 @@ class Correction:
     within: float
     memory: float
     stations: dict[str, float]
+    periods: tuple[float, ...] = ()
+    harmonics: tuple[float, ...] = ()
+
+    def cycle(self, time: pd.Series) -> np.ndarray:
+        """h(t), (N,)."""
+        return _features(time, self.periods) @ np.array(self.harmonics) if self.periods else np.zeros(len(time))
 
     def regression(self, elevation: np.ndarray) -> np.ndarray:
         """alpha + beta elev, (N,); stations of unknown elevation count as average ones."""
@@ -50,6 +61,12 @@ class Correction:
         return np.where(known, self.within, np.sqrt(self.within**2 + self.between**2 * (1 + leverage)))
 
 
+def _features(time: pd.Series, periods: Sequence[float]) -> np.ndarray:
+    """Cosines and sines (N, 2 P) of the phases of ``periods`` at ``time``."""
+    seconds = to_seconds(time.to_numpy())
+    return np.stack([f(2 * np.pi * np.mod(seconds, p) / p) for p in periods for f in (np.cos, np.sin)], axis=1)
+
+
 def station_names(table: pd.DataFrame) -> pd.Series:
     """The station of each row, or its position where the file has no stations."""
     if "station" in table and (table["station"].astype(str) != "").any():
@@ -58,7 +75,9 @@ def station_names(table: pd.DataFrame) -> pd.Series:
     return table[places].round(4).astype(str).agg(" ".join, axis=1)
 
 
-def fit_corrections(table: pd.DataFrame, residual: np.ndarray, withheld: Sequence[str] = (), memory: float = 86400.0) -> dict[str, Correction]:
+def fit_corrections(
+    table: pd.DataFrame, residual: np.ndarray, withheld: Sequence[str] = (), memory: float = 86400.0, periods: Sequence[float] = ()
+) -> dict[str, Correction]:
     """Corrections per variable from the residuals y - A(truth).
 
     Args:
@@ -66,6 +85,7 @@ def fit_corrections(table: pd.DataFrame, residual: np.ndarray, withheld: Sequenc
         residual: (M,), in the units of the variables.
         withheld: stations that take no part.
         memory: seconds within which residuals of a station count as one sample.
+        periods: seconds; of the harmonics that all stations share.
 
     Raises:
         UserError: a variable that no station but the withheld ones reports.
@@ -77,11 +97,17 @@ def fit_corrections(table: pd.DataFrame, residual: np.ndarray, withheld: Sequenc
     lost = sorted(set(data["variable"]) - set(kept["variable"]))
     if lost:
         raise UserError(f"only withheld stations report {', '.join(lost)} in the period: withhold fewer, or take a longer period")
-    return {str(name): _fit(rows) for name, rows in kept.groupby("variable")}
+    return {str(name): _fit(rows, tuple(map(float, periods))) for name, rows in kept.groupby("variable")}
 
 
-def _fit(rows: pd.DataFrame) -> Correction:
+def _fit(rows: pd.DataFrame, periods: tuple[float, ...]) -> Correction:
     """The correction of one variable."""
+    harmonics: tuple[float, ...] = ()
+    if periods:
+        features = _features(rows["time"], periods)
+        centered = rows["residual"] - rows.groupby("station")["residual"].transform("mean")
+        harmonics = tuple(np.linalg.lstsq(features - features.mean(0), centered.to_numpy(), rcond=None)[0].tolist())
+        rows = rows.assign(residual=rows["residual"] - features @ np.array(harmonics))
     groups = rows.groupby("station")
     mean, elevation, samples = groups["residual"].mean(), groups["elev"].mean(), groups["sample"].nunique()
     within = float(np.sqrt((rows["residual"] - rows["station"].map(mean)).pow(2).mean()))
@@ -100,8 +126,9 @@ def _fit(rows: pd.DataFrame) -> Correction:
     anomalies = rows["residual"] - rows["station"].map(mean)
     after = (ordered.shift(-1) - rows["station"].map(mean)).reindex(rows.index)
     lagged = float((anomalies * after).mean() / within**2) if within > 0 and after.notna().any() else 0.0
+    stations = {str(k): float(v) for k, v in bias.items()}
     return Correction(
-        intercept, slope, center, scatter, float(np.sqrt(between2)), max(left, 1e-12), lagged, {str(k): float(v) for k, v in bias.items()}
+        intercept, slope, center, scatter, float(np.sqrt(between2)), max(left, 1e-12), lagged, stations, periods, harmonics
     )
 
 
@@ -134,7 +161,7 @@ def apply_corrections(
         own = names[rows].map(correction.stations).to_numpy(np.float64, copy=True)
         own[names[rows].isin(hidden).to_numpy()] = np.nan
         known = np.isfinite(own)
-        out.loc[rows, "bias"] = np.where(known, own, correction.regression(elevation[rows]))
+        out.loc[rows, "bias"] = np.where(known, own, correction.regression(elevation[rows])) + correction.cycle(out["time"][rows])
         factor = np.where(names[rows].isin(hidden), 1.0, float((inflation or {}).get(variable, 1.0)))
         out.loc[rows, "error_std"] = correction.error_std(elevation[rows], known) * factor
     return out

@@ -35,7 +35,7 @@ def run(cfg: DictConfig) -> None:
         raise UserError(f"withhold_stations: {', '.join(unknown)} not in the file; it has {', '.join(sorted(known)[:30])}")
     rows = _rows(table, spec, options)
     past, residual = _residuals(rows, dataset, spec, options, cfg.period)
-    corrections = fit_corrections(past, residual, list(cfg.withhold_stations), cfg.memory)
+    corrections = fit_corrections(past, residual, list(cfg.withhold_stations), cfg.memory, list(cfg.periods))
     out = apply_corrections(rows, corrections, list(cfg.withhold_stations), dict(cfg.inflation))
     out = out[out["variable"].isin(list(corrections))].reset_index(drop=True)
     out.attrs = provenance(cfg, cfg.seed, [cfg.observations, cfg.truth])

@@ -31,6 +31,8 @@ def run(cfg: DictConfig) -> None:
         raise UserError(f"'{name}' is the forecast's name and a baseline's: give the forecast another with name=...")
     systems = {str(k): open_dataset(path) for k, path in {name: cfg.forecast, **cfg.baselines}.items()}
     tables = {key: None if cfg[key] is None else read_table(cfg[key], cfg.network) for key in ("observations", "kriging", "kriging_fit")}
+    if cfg.stations is not None:
+        tables["observations"] = _stations(tables["observations"], list(map(str, cfg.stations)))
     if any(t is not None for t in tables.values()):
         spec = _spec(systems[name])
         tables = {key: None if t is None else _as_fields(t, spec, cfg.network) for key, t in tables.items()}
@@ -50,6 +52,16 @@ def run(cfg: DictConfig) -> None:
         with atomic(path) as partial:
             partial.write_text(text)
     print(f"{out}: {len(scores.records)} scores of {', '.join(dict.fromkeys(r['system'] for r in scores.records))}")
+
+
+def _stations(table: pd.DataFrame | None, names: list[str]) -> pd.DataFrame:
+    """The rows of the stations that are scored against."""
+    if table is None or "station" not in table:
+        raise UserError("stations=[...] needs observations with a column 'station'")
+    missing = set(names) - set(table["station"])
+    if missing:
+        raise UserError(f"stations: {', '.join(sorted(missing))} not in the file; it has {', '.join(sorted(set(table['station']))[:30])}")
+    return table[table["station"].isin(names)]
 
 
 def _climatology(cfg: DictConfig) -> xr.Dataset | None:
