@@ -90,4 +90,4 @@ def _load(kind: type, directory: Path, device: torch.device | str) -> torch.nn.M
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot load '{directory}': {str(error).splitlines()[0]}") from None
-    return model.to(device, torch.float32).eval().requires_grad_(False)
+    return model.float().to(device).eval().requires_grad_(False)

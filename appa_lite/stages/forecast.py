@@ -9,15 +9,17 @@ from omegaconf import DictConfig, ListConfig
 
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec, to_seconds
-from appa_lite.core.store import check_target, open_dataset, provenance, write_dataset
+from appa_lite.core.store import check_target, provenance, write_dataset
 from appa_lite.data.open import parse_date
 from appa_lite.forecasters.base import Forecaster
-from appa_lite.stages.prior import Bar, competitor, duration
+from appa_lite.stages.prior import Bar, competitor, duration, matching_fields
 
 
 def run(cfg: DictConfig) -> None:
     """Write the forecast ensemble (time, prediction_timedelta, number, grid) from ``cfg.initial`` to ``cfg.out``."""
     check_target(cfg.out)
+    if cfg.members is not None and cfg.members < 1:
+        raise UserError(f"members={cfg.members} must be at least 1")
     forecaster, checkpoint = competitor(cfg, Forecaster)
     spec = checkpoint.spec
     frames = round(duration(cfg.lead, "lead") / spec.step)
@@ -43,13 +45,15 @@ def run(cfg: DictConfig) -> None:
 
 def _initial(cfg: DictConfig, spec: FieldSpec) -> tuple[xr.Dataset, torch.Tensor]:
     """The file's dataset and fields (members, T, C, H, W)."""
-    dataset = open_dataset(cfg.initial)
+    dataset = matching_fields(cfg.initial, spec, {"step": spec.step})
+    if "prediction_timedelta" in dataset.dims:
+        raise UserError(f"'{cfg.initial}' is a forecast: expected an analysis or reanalysis (time, [number], grid)")
     if "trajectory" in dataset.dims:
         if cfg.trajectory is None and dataset.sizes["trajectory"] > 1:
             raise UserError(f"'{cfg.initial}' holds {dataset.sizes['trajectory']} trajectories: choose one with trajectory=0")
+        if not 0 <= (cfg.trajectory or 0) < dataset.sizes["trajectory"]:
+            raise UserError(f"trajectory={cfg.trajectory}: '{cfg.initial}' has {dataset.sizes['trajectory']}, numbered from 0")
         dataset = dataset.isel(trajectory=cfg.trajectory or 0)
-    if "time" not in dataset.dims:
-        raise UserError(f"'{cfg.initial}' has no time axis: expected (time, [number], grid)")
     fields = spec.to_tensor(dataset)
     fields = fields[None] if fields.ndim == 4 else fields
     if not bool(torch.isfinite(fields).all()):

@@ -1,13 +1,20 @@
 """What the inference commands share: the competitor a configuration describes, progress bars, lengths of time."""
 
 import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import pandas as pd
+import xarray as xr
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from appa_lite.config import build, resolve
 from appa_lite.core.errors import UserError
+from appa_lite.core.fields import FieldSpec
+from appa_lite.data.open import open_fields
 from appa_lite.diffusion.base import Sampler
 from appa_lite.forecasters.base import Assimilator, Forecaster
 from appa_lite.guidance.base import Guidance
@@ -26,6 +33,25 @@ def competitor(cfg: DictConfig, kind: type[Assimilator] | type[Forecaster]) -> t
     if "guidance" in wanted:
         given |= {"guidance": build(cfg.guidance, Guidance), "sampler": build(cfg.sampler, Sampler), "batch": cfg.batch}
     return build(cfg.forecaster, kind, **given), checkpoint
+
+
+def matching_fields(path: str, spec: FieldSpec, options: Mapping[str, Any] | None = None) -> xr.Dataset:
+    """The dataset at ``path``, in the names, order and axes of a model's ``spec``.
+
+    Raises:
+        UserError: it lacks variables, or has another grid or other units than the model.
+    """
+    dataset, found = open_fields(path, list(spec.names), options)
+    axes = [(np.asarray(getattr(found.grid, axis)), np.asarray(getattr(spec.grid, axis))) for axis in ("y", "x")]
+    if found.grid.dims != spec.grid.dims or any(len(a) != len(b) for a, b in axes):
+        shapes = [f"{' x '.join(map(str, grid.shape))} cells ({', '.join(grid.dims)})" for grid in (found.grid, spec.grid)]
+        raise UserError(f"'{path}' has {shapes[0]}, the model {shapes[1]}: this checkpoint was made for another grid")
+    if any(np.abs(a - b).max() > 0.01 * spacing for (a, b), spacing in zip(axes, spec.grid.spacing, strict=True)):
+        raise UserError(f"'{path}' lies elsewhere than the model's grid, though it has as many cells: regrid it, or train on it")
+    for theirs, ours in zip(found.variables, spec.variables, strict=True):
+        if theirs.units != ours.units:
+            raise UserError(f"wrong units: '{ours.name}' of '{path}' is in '{theirs.units}', in the model in '{ours.units}': convert it")
+    return dataset
 
 
 class Bar:
@@ -50,7 +76,7 @@ class Bar:
 def duration(text: object, key: str) -> float:
     """Seconds in a length of time such as ``20d``, ``36h`` or ``90min``."""
     try:
-        seconds = pd.Timedelta(str(text)).total_seconds()
+        seconds = pd.Timedelta(re.sub(r"(?<=[\d.\s])d$", "D", str(text))).total_seconds()
     except ValueError:
         raise UserError(f"{key}={text} is not a length of time: expected such as 20d, 36h or 90min") from None
     if not seconds > 0:

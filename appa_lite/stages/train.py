@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from appa_lite.config import build, resolve
-from appa_lite.core.covariance import estimate_covariance
+from appa_lite.core.covariance import estimate_covariance, localisation
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec, to_seconds
 from appa_lite.data.open import open_fields
@@ -18,6 +18,7 @@ from appa_lite.models.base import Autoencoder
 from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.models.denoiser import LatentDenoiser
 from appa_lite.models.normalizer import Normalizer
+from appa_lite.stages.prior import matching_fields
 from appa_lite.training.autoencoder import AutoencoderTraining, Sample, climatology, reconstruction_card
 from appa_lite.training.denoiser import DenoiserTraining, LatentWindows
 from appa_lite.training.loop import TrainingConfig, train
@@ -38,11 +39,12 @@ def run(cfg: DictConfig) -> None:
 def _fields(cfg: DictConfig, path: str, period: list | None, spec: FieldSpec | None = None) -> tuple[torch.Tensor, torch.Tensor, FieldSpec]:
     """Fields (N, T, C, H, W) and times (T,) of the part of a dataset that ``period`` names."""
     options = OmegaConf.to_container(cfg.dataset) | (dict(zip(("start", "end"), period, strict=True)) if period else {})
-    dataset, found = open_fields(path, cfg.variables if spec is None else list(spec.names), options)
-    if spec is not None and found.grid != spec.grid:
-        raise UserError(f"'{path}' is on another grid than the model's")
-    fields = (spec or found).to_tensor(dataset)
-    return fields if fields.ndim == 5 else fields[None], torch.from_numpy(to_seconds(dataset["time"].values)), spec or found
+    if spec is None:
+        dataset, spec = open_fields(path, cfg.variables, options)
+    else:
+        dataset = matching_fields(path, spec, options)
+    fields = spec.to_tensor(dataset)
+    return fields if fields.ndim == 5 else fields[None], torch.from_numpy(to_seconds(dataset["time"].values)), spec
 
 
 def _data(cfg: DictConfig, spec: FieldSpec | None = None) -> tuple:
@@ -120,7 +122,8 @@ def _denoiser(cfg: DictConfig, cls: type, keywords: dict, run_directory: Path) -
     lags, modes = min(cfg.trainable.lags, train_latents.shape[1]), min(cfg.trainable.modes, train_latents[..., 0].numel())
     model = build(OmegaConf.merge(cfg.trainable, {"lags": lags, "modes": modes}), LatentDenoiser, **given)
     mean = train_latents.mean((0, 1))
-    model.set_climatology(mean, estimate_covariance(train_latents - mean, model.covariance.modes, lags))
+    taper = None if cfg.localisation is None else localisation(base.autoencoder.latent_shape, base.spec.grid.periodic, cfg.localisation)
+    model.set_climatology(mean, estimate_covariance(train_latents - mean, model.covariance.modes, lags, taper))
     windows = [
         LatentWindows(z, forcing_features(t, periods), cfg.window, s)
         for (z, t), s in zip(pairs, (cfg.window_stride, max(1, cfg.window // 4)), strict=True)

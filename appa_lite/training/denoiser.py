@@ -1,7 +1,7 @@
 """Training of the latent video diffusion model."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -83,9 +83,7 @@ class DenoiserTraining(Trainable):
         """Measure the covariance of the errors on windows never trained on, and save the model with its autoencoder."""
         model = self.model.cpu()
         measure_residuals(model, self.test)
-        Checkpoint(self.base.spec, self.base.normalizer, self.base.autoencoder, model, self.base.settings | self.settings).save(
-            directory, self.half
-        )
+        replace(self.base, denoiser=model, settings=self.base.settings | self.settings).save(directory, self.half)
 
 
 @torch.no_grad()
