@@ -91,7 +91,7 @@ def fit_corrections(
         UserError: a variable that no station but the withheld ones reports.
     """
     data = table[["time", "variable"]].assign(station=station_names(table), residual=np.asarray(residual, dtype=np.float64))
-    data["elev"] = table["elev"] if "elev" in table else np.nan
+    data["elev"] = table.get("elev", np.nan)
     data["sample"] = data["time"].to_numpy().astype("datetime64[ns]").astype(np.int64) // int(memory * 1e9)
     kept = data[~data["station"].isin(set(map(str, withheld)))]
     lost = sorted(set(data["variable"]) - set(kept["variable"]))
@@ -127,9 +127,7 @@ def _fit(rows: pd.DataFrame, periods: tuple[float, ...]) -> Correction:
     after = (ordered.shift(-1) - rows["station"].map(mean)).reindex(rows.index)
     lagged = float((anomalies * after).mean() / within**2) if within > 0 and after.notna().any() else 0.0
     stations = {str(k): float(v) for k, v in bias.items()}
-    return Correction(
-        intercept, slope, center, scatter, float(np.sqrt(between2)), max(left, 1e-12), lagged, stations, periods, harmonics
-    )
+    return Correction(intercept, slope, center, scatter, float(np.sqrt(between2)), max(left, 1e-12), lagged, stations, periods, harmonics)
 
 
 def _regression(elevation: np.ndarray, mean: np.ndarray) -> tuple[float, float, float]:
