@@ -1,0 +1,125 @@
+"""What every guidance method promises: where the prior is Gaussian, its denoiser is that of the posterior, exactly."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from appa_lite.config import build, compose, options
+from appa_lite.diffusion.base import Denoiser
+from appa_lite.guidance.base import Guidance, LatentObservation, LatentOperator, LinearModes, SolverReport
+
+FRAMES, SIZE, ROWS = 3, 4, 5
+SHAPE = (SIZE, 1, 1)
+
+
+class Matrix(LatentOperator, LinearModes):
+    """y = A z for a dense A (M, T Z); the modes are the latents themselves."""
+
+    def __init__(self, a: torch.Tensor):
+        self.a = a
+
+    def predict(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.flatten(1) @ self.a.T
+
+    def linearise(self, latents: torch.Tensor) -> LinearModes:
+        return self
+
+    def forward(self, components: torch.Tensor) -> torch.Tensor:
+        return components.flatten(1) @ self.a.T
+
+    def adjoint(self, values: torch.Tensor) -> torch.Tensor:
+        return (values @ self.a).unflatten(1, (FRAMES, SIZE))
+
+
+class Dense:
+    """The covariance of z - D(z_t) for a Gaussian with covariance C: sigma^2 C (C + sigma^2)^-1."""
+
+    def __init__(self, c: torch.Tensor):
+        self.c, self.eye = c, torch.eye(len(c), dtype=c.dtype)
+
+    def apply(self, components: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        matrix = sigma**2 * self.c @ torch.linalg.inv(self.c + sigma**2 * self.eye)
+        return (components.flatten(1) @ matrix).unflatten(1, (FRAMES, SIZE))
+
+    def expand(self, components: torch.Tensor) -> torch.Tensor:
+        return components[..., None, None]
+
+    def project(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents[..., 0, 0]
+
+
+class Case(NamedTuple):
+    c: torch.Tensor
+    a: torch.Tensor
+    values: torch.Tensor
+    variance: torch.Tensor
+
+    def denoiser(self) -> Denoiser:
+        def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            gain = self.c @ torch.linalg.inv(self.c + sigma**2 * torch.eye(len(self.c), dtype=self.c.dtype))
+            return (x.flatten(1) @ gain.T).reshape(x.shape)
+
+        return denoise
+
+    def posterior(self, x: torch.Tensor, sigma: float, variance: torch.Tensor) -> torch.Tensor:
+        """E[z | z + sigma n = x, A z + e = y], from the dense precision matrices."""
+        precision = torch.linalg.inv(self.c) + torch.eye(len(self.c)) / sigma**2 + self.a.T @ (self.a / variance[:, None])
+        right = x.flatten(1) / sigma**2 + (self.values / variance) @ self.a
+        return torch.linalg.solve(precision, right.T).T.reshape(x.shape)
+
+
+@pytest.fixture
+def case() -> Case:
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    root = normal(FRAMES * SIZE, FRAMES * SIZE)
+    return Case(root @ root.T / SIZE, normal(ROWS, FRAMES * SIZE), normal(2, ROWS), 0.05 + normal(ROWS) ** 2)
+
+
+@pytest.fixture(params=options("guidance"))
+def guidance(request) -> Guidance:
+    entry = compose("reanalysis", ["size=debug", f"guidance={request.param}"], partial=True).guidance
+    if "tolerance" in entry:
+        entry.tolerance = 1e-12
+    return build(entry, Guidance)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return 3 * torch.randn(2, FRAMES, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 1.0, 50.0])
+def test_the_posterior_of_a_gaussian_is_exact(guidance, case, x, sigma):
+    observation = LatentObservation(Matrix(case.a), case.values, case.variance)
+    guided = guidance(case.denoiser(), observation, Dense(case.c), SolverReport())
+    result = guided(x, torch.tensor(sigma, dtype=torch.float64))
+    torch.testing.assert_close(result, case.posterior(x, sigma, case.variance), rtol=1e-6, atol=1e-8)
+
+
+def test_an_observation_without_information_changes_nothing(guidance, case, x):
+    observation = LatentObservation(Matrix(case.a), case.values, torch.full((ROWS,), 1e14, dtype=torch.float64))
+    sigma = torch.tensor(1.0, dtype=torch.float64)
+    guided = guidance(case.denoiser(), observation, Dense(case.c), SolverReport())(x, sigma)
+    torch.testing.assert_close(guided, case.denoiser()(x, sigma), rtol=1e-9, atol=1e-9)
+
+
+def test_members_are_guided_one_by_one(guidance, case, x):
+    sigma = torch.tensor(0.7, dtype=torch.float64)
+    both = LatentObservation(Matrix(case.a), case.values, case.variance)
+    together = guidance(case.denoiser(), both, Dense(case.c), SolverReport())(x, sigma)
+    for i in range(2):
+        one = LatentObservation(Matrix(case.a), case.values[i : i + 1], case.variance)
+        alone = guidance(case.denoiser(), one, Dense(case.c), SolverReport())(x[i : i + 1], sigma)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-9, atol=1e-9)
+
+
+def test_a_guided_denoiser_is_a_denoiser_without_a_graph(guidance, case, x):
+    report = SolverReport()
+    guided = guidance(case.denoiser(), LatentObservation(Matrix(case.a), case.values, case.variance), Dense(case.c), report)
+    for level in (10.0, 1.0, 0.1):
+        result = guided(x, torch.tensor(level, dtype=torch.float64))
+        assert result.shape == x.shape and not result.requires_grad and torch.isfinite(result).all()
+    assert report.sigma == [10.0, 1.0, 0.1] and len(report.iterations) == len(report.residual) == 3
+    assert report.summary()["solver_residual_max"] <= 1e-6
