@@ -316,6 +316,15 @@ def test_missing_values_in_an_initial_state(ring, capsys, bad):
     refused(ring, capsys, (*FORECAST, "lead=1d", f"initial={other}"), "values are missing", out="n.nc")
 
 
+def test_models_that_do_not_fit_their_data(ring, capsys):
+    train = ("train", *RING, "data=train.zarr", "run=n")
+    refused(ring, capsys, (*train, "trainable=autoencoder", "trainable.stride=[2,1,7]"), "must be a multiple of the stride")
+    refused(ring, capsys, (*train, "trainable=autoencoder", "window=90"), "longer than the data")
+    prior = (*train, "trainable=denoiser", "autoencoder=autoencoder/model")
+    refused(ring, capsys, (*prior, "window=7"), "window=7 is longer than the data")  # the last tenth is held out
+    refused(ring, capsys, (*prior, "trainable.patch=[1,3]"), "not a multiple of the patch")
+
+
 def test_an_interrupt_leaves_nothing(ring, capsys, monkeypatch):
     def interrupt(*_) -> None:
         raise KeyboardInterrupt

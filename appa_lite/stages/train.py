@@ -76,7 +76,7 @@ def _autoencoder(cfg: DictConfig, cls: type, keywords: dict, run_directory: Path
     some = Sample(fields[: max(1, 3000 // fields.shape[1])], times)
     test = Sample(held[:4, :400], held_times[:400])
     given = {"shape": spec.shape} | ({"periodic": spec.grid.periodic} if "periodic" in cls.__init__.__wrapped__.__annotations__ else {})
-    model = build(cfg.trainable, Autoencoder, **given)
+    model = _fitting(cfg.trainable, Autoencoder, given)
     if not any(p.requires_grad for p in model.parameters()):
         card = reconstruction_card(model, normalizer, spec, some, test)
         Checkpoint(spec, normalizer, model, None, settings | {"autoencoder": card}, climatology(spec, fields)).save(run_directory / "model")
@@ -87,6 +87,14 @@ def _autoencoder(cfg: DictConfig, cls: type, keywords: dict, run_directory: Path
     model.start_from_components(normalizer(some.fields, some.times), torch.tensor([float(weights.get(n, 1.0)) for n in spec.names]))
     windows = [WindowDataset(f, t, cfg.window, s) for f, t, s in ((fields, times, cfg.window_stride), (held, held_times, cfg.window))]
     return train(training, *windows, _settings(cfg), run_directory)
+
+
+def _fitting(config: DictConfig, kind: type, given: dict) -> torch.nn.Module:
+    """The model, or what is wrong with its sizes on this data."""
+    try:
+        return build(config, kind, **given)
+    except ValueError as error:
+        raise UserError(f"{error}: change the keys of trainable, or the grid of the data") from error
 
 
 @torch.no_grad()
@@ -113,6 +121,9 @@ def _denoiser(cfg: DictConfig, cls: type, keywords: dict, run_directory: Path) -
     stride = base.autoencoder.stride[0]
     base = dataclasses.replace(base, climatology=climatology(base.spec, fields))
     pairs = [(encode(base, f, t), t[: f.shape[1] // stride * stride : stride]) for f, t in ((fields, times), (held, held_times))]
+    shortest = min(z.shape[1] for z, _ in pairs)
+    if shortest < cfg.window:
+        raise UserError(f"window={cfg.window} is longer than the data to train or validate on: {shortest} latent frames of {stride} frames")
     del fields, held
     periods = tuple(base.settings["forcing_periods"])
     levels = torch.logspace(*(torch.tensor(v).log10() for v in (cfg.noise.low, cfg.noise.high)), cfg.noise.levels).tolist()
@@ -120,7 +131,7 @@ def _denoiser(cfg: DictConfig, cls: type, keywords: dict, run_directory: Path) -
     given |= {"forcings": 2 * len(periods), "noise_levels": levels}
     train_latents = pairs[0][0].flatten(2)
     lags, modes = min(cfg.trainable.lags, train_latents.shape[1]), min(cfg.trainable.modes, train_latents[..., 0].numel())
-    model = build(OmegaConf.merge(cfg.trainable, {"lags": lags, "modes": modes}), LatentDenoiser, **given)
+    model = _fitting(OmegaConf.merge(cfg.trainable, {"lags": lags, "modes": modes}), LatentDenoiser, given)
     mean = train_latents.mean((0, 1))
     taper = None if cfg.localisation is None else localisation(base.autoencoder.latent_shape, base.spec.grid.periodic, cfg.localisation)
     model.set_climatology(mean, estimate_covariance(train_latents - mean, model.covariance.modes, lags, taper))
