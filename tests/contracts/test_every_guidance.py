@@ -1,5 +1,6 @@
 """What every guidance method promises: where the prior is Gaussian, its denoiser is that of the posterior, exactly."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -14,10 +15,10 @@ SHAPE = (SIZE, 1, 1)
 
 
 class Matrix(LatentOperator, LinearModes):
-    """y = A z for a dense A (M, T Z); the modes are the latents themselves."""
+    """y = A z for a dense A (M, T Z); the modes are the latents themselves; preconditioned by the diagonal, or not."""
 
-    def __init__(self, a: torch.Tensor):
-        self.a = a
+    def __init__(self, a: torch.Tensor, preconditioned: bool = True):
+        self.a, self.preconditioned = a, preconditioned
 
     def predict(self, latents: torch.Tensor) -> torch.Tensor:
         return latents.flatten(1) @ self.a.T
@@ -30,6 +31,13 @@ class Matrix(LatentOperator, LinearModes):
 
     def adjoint(self, values: torch.Tensor) -> torch.Tensor:
         return (values @ self.a).unflatten(1, (FRAMES, SIZE))
+
+    def preconditioner(self, covariance: "Dense", sigma: torch.Tensor, variance: torch.Tensor) -> Callable | None:
+        if not self.preconditioned:
+            return None
+        whiten = torch.diag(variance.rsqrt())
+        matrix = self.forward(covariance.apply(self.adjoint(whiten), sigma)) @ whiten
+        return lambda residual: residual / (1 + matrix.diagonal())
 
 
 class Dense:
@@ -90,9 +98,10 @@ def x() -> torch.Tensor:
     return 3 * torch.randn(2, FRAMES, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("preconditioned", [True, False])
 @pytest.mark.parametrize("sigma", [0.05, 1.0, 50.0])
-def test_the_posterior_of_a_gaussian_is_exact(guidance, case, x, sigma):
-    observation = LatentObservation(Matrix(case.a), case.values, case.variance)
+def test_the_posterior_of_a_gaussian_is_exact(guidance, case, x, sigma, preconditioned):
+    observation = LatentObservation(Matrix(case.a, preconditioned), case.values, case.variance)
     guided = guidance(case.denoiser(), observation, Dense(case.c), SolverReport())
     result = guided(x, torch.tensor(sigma, dtype=torch.float64))
     torch.testing.assert_close(result, case.posterior(x, sigma, case.variance), rtol=1e-6, atol=1e-8)
