@@ -75,7 +75,8 @@ class OptimalInterpolation(Assimilator):
         def matvec(v: Tensor) -> Tensor:
             return v + linear.forward(covariance.apply(linear.adjoint(v * whiten), sigma)) * whiten
 
-        solution = conjugate_gradients(matvec, innovation * whiten, None, self.tolerance, self.max_iterations)
+        precondition = linear.preconditioner(covariance, sigma, latent.variance)
+        solution = conjugate_gradients(matvec, innovation * whiten, None, self.tolerance, self.max_iterations, precondition)
         self.report.add(float("inf"), solution.iterations, float(solution.residual.max()))
         return covariance.apply(linear.adjoint(solution.x * whiten), sigma)
 

@@ -1,5 +1,6 @@
 """The pieces of a posterior over a period: frames, prior, covariance and observations in the modes of the latents."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,10 +114,18 @@ class ModeCovariance:
         self.model, self.frames, self.latent_shape = prior.model, prior.period.latent_frames, prior.checkpoint.autoencoder.latent_shape
         self.prior_only = prior_only
 
-    def apply(self, components: Tensor, sigma: Tensor) -> Tensor:
+    def local(self, frames: int, sigma: Tensor) -> Tensor:
+        vectors, values = self._eigen(sigma)
+        middle = max(0, (self.frames - frames) // 2)
+        rows = torch.nn.functional.pad(vectors[:, middle : middle + frames], (0, 0, 0, max(0, frames - self.frames)))
+        return torch.einsum("ktj,kj,ksj->kts", rows, values, rows)
+
+    def _eigen(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         vectors, values = self.model.covariance.eigen(self.frames)
-        if not self.prior_only:
-            values, _ = self.model.posterior_variance(sigma, self.frames)
+        return vectors, values if self.prior_only else self.model.posterior_variance(sigma, self.frames)[0]
+
+    def apply(self, components: Tensor, sigma: Tensor) -> Tensor:
+        vectors, values = self._eigen(sigma)
         rotated = torch.einsum("kts,btk->bks", vectors, components) * values
         return torch.einsum("kts,bks->btk", vectors, rotated)
 
@@ -151,6 +160,22 @@ class KnownFrames(LatentOperator, LinearModes):
         out = values.new_zeros(values.shape[0], self.total, self.model.covariance.modes)
         out[:, self.frames] = values.unflatten(1, (len(self.frames), -1))
         return out
+
+    def preconditioner(self, covariance: ModeCovariance, sigma: Tensor, variance: Tensor) -> Callable[[Tensor], Tensor]:
+        """The exact inverse: modes are independent, so each has a small system over its known frames."""
+        count = len(self.frames)
+        vectors, values = covariance.model.covariance.eigen(self.total)
+        values = values if covariance.prior_only else self.model.posterior_variance(sigma, self.total)[0]
+        known = vectors[:, self.frames]
+        block = torch.einsum("ktj,kj,ksj->kts", known, values, known) / variance.reshape(count, -1).T[:, :, None]
+        factor = torch.linalg.cholesky(block.double() + torch.eye(count, dtype=torch.float64, device=block.device))
+
+        def apply(residual: Tensor) -> Tensor:
+            parts = residual.unflatten(1, (count, -1)).permute(2, 1, 0).double()
+            return torch.cholesky_solve(parts, factor).permute(2, 1, 0).flatten(1).to(residual)
+
+        return apply
+
 
 
 def later(observation: Observation, frames: int) -> Observation:

@@ -17,6 +17,9 @@ class PosteriorCovariance(Protocol):
     def apply(self, components: Tensor, sigma: Tensor) -> Tensor:
         """C(sigma) a, for components a (B, T, K) of the modes."""
 
+    def local(self, frames: int, sigma: Tensor) -> Tensor:
+        """C(sigma) of ``frames`` neighbouring frames in the middle of the period, mode by mode: (K, frames, frames)."""
+
     def expand(self, components: Tensor) -> Tensor:
         """Components (B, T, K) to latents (B, T, Z, h, w)."""
 
@@ -44,6 +47,10 @@ class LinearModes(ABC):
 
     @abstractmethod
     def adjoint(self, values: Tensor) -> Tensor: ...
+
+    def preconditioner(self, covariance: PosteriorCovariance, sigma: Tensor, variance: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """An approximate inverse of I + R^{-1/2} A C A^T R^{-1/2} for values (B, M), that costs no network call; or None."""
+        return None
 
 
 @dataclass(frozen=True)

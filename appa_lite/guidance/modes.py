@@ -5,8 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from appa_lite.guidance.base import LatentOperator, LinearModes
+from appa_lite.guidance.base import LatentOperator, LinearModes, PosteriorCovariance
 from appa_lite.observations.base import WeightedCells
+
+BLOCK = 1024  # rows of a block of the preconditioner
 
 
 class ModeResponses:
@@ -77,7 +79,7 @@ class DecodedCells(LatentOperator):
         self.operator, self.frames, self.decode, self.responses, self.slope = operator, frames, decode, responses, slope
         order = torch.argsort(responses.first, stable=True)
         frames, counts = torch.unique_consecutive(responses.first[order], return_counts=True)
-        self.groups = list(zip(frames.tolist(), order.split(counts.tolist()), strict=True))
+        self.groups = [(f, rows, responses.phi[rows]) for f, rows in zip(frames.tolist(), order.split(counts.tolist()), strict=True)]
 
     def predict(self, latents: Tensor) -> Tensor:
         return torch.cat([self.operator(self.decode(z[None])) for z in latents])
@@ -116,8 +118,8 @@ class CellModes(LinearModes):
         r = self.parent.responses
         padded = torch.nn.functional.pad(components, (0, 0, r.reach, r.offsets))
         terms = components.new_empty(components.shape[0], r.phi.shape[0])
-        for frame, rows in self.parent.groups:
-            terms[:, rows] = padded[:, frame : frame + r.offsets].flatten(1) @ r.phi[rows].flatten(1).T
+        for frame, rows, phi in self.parent.groups:
+            terms[:, rows] = padded[:, frame : frame + r.offsets].flatten(1) @ phi.flatten(1).T
         if self.gains is not None:
             terms = terms * self.gains
         if self.plain:
@@ -131,7 +133,26 @@ class CellModes(LinearModes):
             terms = terms * self.gains
         frames = self.parent.frames
         padded = values.new_zeros(values.shape[0], frames + r.reach + r.offsets, r.phi.shape[2])
-        for frame, rows in self.parent.groups:
-            part = terms[:, rows] @ r.phi[rows].flatten(1)
+        for frame, rows, phi in self.parent.groups:
+            part = terms[:, rows] @ phi.flatten(1)
             padded[:, frame : frame + r.offsets] += part.reshape(values.shape[0], r.offsets, -1)
         return padded[:, r.reach : r.reach + frames]
+
+    def preconditioner(self, covariance: PosteriorCovariance, sigma: Tensor, variance: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """Block Jacobi: the values that fall on one latent frame are solved for together (at most ``BLOCK`` of them)."""
+        if not self.plain or self.gains is not None:
+            return None
+        local, whiten, factors = covariance.local(self.parent.responses.offsets, sigma), variance.rsqrt(), []
+        for _, rows, phi in self.parent.groups:
+            for part, seen in zip(rows.split(BLOCK), phi.split(BLOCK), strict=True):
+                spread = torch.einsum("psk,ksr->prk", seen, local).flatten(1) @ seen.flatten(1).T
+                block = whiten[part, None] * spread * whiten[part] + torch.eye(len(part), dtype=spread.dtype, device=spread.device)
+                factors.append((part, torch.linalg.cholesky(block)))
+
+        def apply(residual: Tensor) -> Tensor:
+            out = torch.empty_like(residual)
+            for part, factor in factors:
+                out[:, part] = torch.cholesky_solve(residual[:, part].T, factor).T
+            return out
+
+        return apply

@@ -44,7 +44,8 @@ class MomentMatching(Guidance):
                 spread = covariance.apply(linear.adjoint(v * whiten), sigma) * self.inflation
                 return v + linear.forward(spread) * whiten
 
-            solution = conjugate_gradients(matvec, innovation, state.get("v"), self.tolerance, self.max_iterations)
+            precondition = linear.preconditioner(covariance, sigma, observation.variance / self.inflation)
+            solution = conjugate_gradients(matvec, innovation, state.get("v"), self.tolerance, self.max_iterations, precondition)
             state["v"] = solution.x
             report.add(float(sigma), solution.iterations, float(solution.residual.max()))
             return linear.adjoint(solution.x * whiten)
