@@ -62,12 +62,26 @@ def test_ncep_slp(tmp_path):
     run("observe", "experiment=ncep_slp", f"truth={NCEP}", "start=2010-01-11", "end=2010-01-20", f"out={table}")
     assert len(pd.read_parquet(table)) == 10 * 11
     run("reanalysis", "experiment=ncep_slp", f"checkpoint={model}", f"observations={table}", "device=cpu", *FEW, f"out={tmp_path / 'a.nc'}")
-    run("verify", "experiment=ncep_slp", f"forecast={tmp_path / 'a.nc'}", f"truth={NCEP}", "verification=quick", f"out={tmp_path / 'a.json'}")
+    run(
+        "verify",
+        "experiment=ncep_slp",
+        f"forecast={tmp_path / 'a.nc'}",
+        f"truth={NCEP}",
+        "verification=quick",
+        f"out={tmp_path / 'a.json'}",
+    )
     run(
         "forecast", "experiment=ncep_slp", f"checkpoint={model}", f"initial={NCEP}", "initial_time=[2010-02-01,2010-03-01]", "lead=2d",
         "device=cpu", *FEW, f"out={tmp_path / 'f.nc'}",
     )  # fmt: skip
     with xr.open_dataset(tmp_path / "f.nc", engine="netcdf4") as forecast:
         assert forecast["msl"].dims[:3] == ("time", "prediction_timedelta", "number") and forecast["msl"].shape[:3] == (2, 3, 3)
-    run("verify", "experiment=ncep_slp", f"forecast={tmp_path / 'f.nc'}", f"truth={NCEP}", "verification=quick", f"out={tmp_path / 'f.json'}")
+    run(
+        "verify",
+        "experiment=ncep_slp",
+        f"forecast={tmp_path / 'f.nc'}",
+        f"truth={NCEP}",
+        "verification=quick",
+        f"out={tmp_path / 'f.json'}",
+    )
     assert {"f", "persistence"} <= set(records(tmp_path / "f.json")["system"])
