@@ -43,6 +43,21 @@ def test_a_warm_start_saves_work(problem):
     torch.testing.assert_close(near.x, cold.x, rtol=1e-3, atol=1e-4)
 
 
+def test_a_preconditioner_saves_iterations_and_changes_nothing_else(problem):
+    matrix, b = problem
+    scale = torch.logspace(0, 4, 24, dtype=torch.float64).sqrt()
+    stiff = scale[:, None] * (matrix / 1000 + torch.eye(24, dtype=torch.float64)) * scale
+    matvec = lambda v: v @ stiff  # noqa: E731
+    plain = conjugate_gradients(matvec, b, tolerance=1e-10, max_iterations=500)
+    better = conjugate_gradients(matvec, b, tolerance=1e-10, max_iterations=500, precondition=lambda r: r / stiff.diagonal())
+    exact = conjugate_gradients(matvec, b, tolerance=1e-10, precondition=lambda r: torch.linalg.solve(stiff, r.T).T)
+    assert exact.iterations == 1 < better.iterations < plain.iterations
+    for solution in (plain, better, exact):
+        torch.testing.assert_close(solution.x, torch.linalg.solve(stiff, b.T).T, rtol=1e-6, atol=1e-8)
+        true = (b - solution.x @ stiff).norm(dim=-1) / b.norm(dim=-1)
+        torch.testing.assert_close(solution.residual, true, rtol=0.1, atol=1e-12)
+
+
 def test_the_start_is_left_alone(problem):
     matrix, b = problem
     start = torch.ones_like(b)
