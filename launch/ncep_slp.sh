@@ -10,8 +10,8 @@ GRID=$DATA/ncep_slp_daily_2001-2010_north_atlantic.nc
 appa-lite train experiment=ncep_slp trainable=identity data="$GRID" run="$OUT/identity"
 appa-lite train experiment=ncep_slp trainable=denoiser autoencoder="$OUT/identity/model" data="$GRID" run="$OUT/denoiser"
 
-# eighty days of 2010 from eleven points a day, with errors of 100 Pa
-appa-lite observe experiment=ncep_slp truth="$GRID" start=2010-01-11 end=2010-03-31 out="$OUT/observations.parquet"
+# sixty days of 2010 from eleven points a day, with errors of 100 Pa
+appa-lite observe experiment=ncep_slp truth="$GRID" start=2010-01-11 end=2010-03-11 out="$OUT/observations.parquet"
 for name in latent_diffusion optimal_interpolation; do
     appa-lite reanalysis experiment=ncep_slp checkpoint="$OUT/denoiser/model" observations="$OUT/observations.parquet" \
         forecaster=$name out="$OUT/$name.nc"
@@ -19,7 +19,7 @@ done
 appa-lite verify experiment=ncep_slp forecast="$OUT/latent_diffusion.nc" "baselines={optimal_interpolation: $OUT/optimal_interpolation.nc}" \
     truth="$GRID" checkpoint="$OUT/denoiser/model" out="$OUT/scores_reanalysis.json"
 
-# one to five days ahead, from the analysed fields of every tenth day of 2010
+# one to five days ahead, from the analysed fields of every eighteenth day of 2010
 DAYS=$(python - <<'PY'
 import datetime
 print(",".join(str(datetime.date(2010, 1, 8) + datetime.timedelta(days=10 * i)) for i in range(35)))
