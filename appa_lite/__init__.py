@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 
 #: public name -> the module that defines it, imported when first used
 _NAMES = {
+    "load": "appa_lite.api",
+    "Model": "appa_lite.api",
     "UserError": "appa_lite.core.errors",
     "Variable": "appa_lite.core.fields",
     "Derived": "appa_lite.core.fields",

@@ -19,7 +19,7 @@ MAY_IMPORT = {
 BELOW = {"core", "simulators", "observations", "nn", "diffusion", "data", "verification", "models", "guidance"}
 MAY_IMPORT |= {"forecasters": BELOW, "training": BELOW}
 MAY_IMPORT |= {"config": {"core"}, "stages": BELOW | {"forecasters", "training", "config"}, "cli": {"stages", "config", "core"}}
-MAY_IMPORT |= {"__main__": {"cli"}, "__init__": set(MAY_IMPORT)}
+MAY_IMPORT |= {"api": {"stages", "config", "core", "models", "observations"}, "__main__": {"cli"}, "__init__": set(MAY_IMPORT)}
 
 #: modules that the leaves of a room may import beside ``base``; a leaf is any other module
 HELPERS = {

@@ -18,6 +18,14 @@ from appa_lite.stages.prior import Bar, competitor, duration, matching_fields
 def run(cfg: DictConfig) -> None:
     """Write the forecast ensemble (time, prediction_timedelta, number, grid) from ``cfg.initial`` to ``cfg.out``."""
     check_target(cfg.out)
+    dataset = predict(cfg, cfg.initial, [cfg.initial])
+    write_dataset(dataset, cfg.out, dataset.attrs)
+    sizes = dataset.sizes
+    print(f"{cfg.out}: {sizes['time']} initial times, {sizes['prediction_timedelta'] - 1} frames, {sizes['number']} members")
+
+
+def predict(cfg: DictConfig, initial: str | xr.Dataset, inputs: list[str]) -> xr.Dataset:
+    """The forecast ensemble from an initial file or dataset; ``inputs`` are the files behind it."""
     if cfg.members is not None and cfg.members < 1:
         raise UserError(f"members={cfg.members} must be at least 1")
     forecaster, checkpoint = competitor(cfg, Forecaster)
@@ -25,7 +33,7 @@ def run(cfg: DictConfig) -> None:
     frames = round(duration(cfg.lead, "lead") / spec.step)
     if frames < 1:
         raise UserError(f"lead={cfg.lead} is shorter than a frame of this model, {spec.step / 3600:g} hours")
-    dataset, fields = _initial(cfg, spec)
+    dataset, fields = _initial(cfg, initial, spec)
     starts = cfg.initial_time if isinstance(cfg.initial_time, ListConfig) else [cfg.initial_time]
     members = cfg.members or fields.shape[0]
     bar, pieces, dates = Bar(), [], []
@@ -38,14 +46,13 @@ def run(cfg: DictConfig) -> None:
     leads = (np.arange(frames + 1) * spec.step * 1e9).astype("timedelta64[ns]")
     coords = {"time": np.array(dates), "prediction_timedelta": leads, "number": np.arange(members)}
     result = spec.to_dataset(torch.stack(pieces).transpose(1, 2), coords)
-    attrs = provenance(cfg, cfg.seed, [cfg.initial]) | forecaster.report.summary() | {"field_spec": json.dumps(spec.to_dict())}
-    write_dataset(result, cfg.out, attrs)
-    print(f"{cfg.out}: {len(dates)} initial times, {frames} frames of {spec.step / 3600:g} hours, {members} members")
+    result.attrs = provenance(cfg, cfg.seed, inputs) | forecaster.report.summary() | {"field_spec": json.dumps(spec.to_dict())}
+    return result
 
 
-def _initial(cfg: DictConfig, spec: FieldSpec) -> tuple[xr.Dataset, torch.Tensor]:
-    """The file's dataset and fields (members, T, C, H, W)."""
-    dataset = matching_fields(cfg.initial, spec, {"step": spec.step})
+def _initial(cfg: DictConfig, initial: str | xr.Dataset, spec: FieldSpec) -> tuple[xr.Dataset, torch.Tensor]:
+    """The dataset and its fields (members, T, C, H, W)."""
+    dataset = matching_fields(initial, spec, {"step": spec.step})
     if "prediction_timedelta" in dataset.dims:
         raise UserError(f"'{cfg.initial}' is a forecast: expected an analysis or reanalysis (time, [number], grid)")
     if "trajectory" in dataset.dims:

@@ -35,13 +35,14 @@ def competitor(cfg: DictConfig, kind: type[Assimilator] | type[Forecaster]) -> t
     return build(cfg.forecaster, kind, **given), checkpoint
 
 
-def matching_fields(path: str, spec: FieldSpec, options: Mapping[str, Any] | None = None) -> xr.Dataset:
+def matching_fields(path: str | xr.Dataset, spec: FieldSpec, options: Mapping[str, Any] | None = None) -> xr.Dataset:
     """The dataset at ``path``, in the names, order and axes of a model's ``spec``.
 
     Raises:
         UserError: it lacks variables, or has another grid or other units than the model.
     """
     dataset, found = open_fields(path, list(spec.names), options)
+    path = "the dataset" if isinstance(path, xr.Dataset) else path
     axes = [(np.asarray(getattr(found.grid, axis)), np.asarray(getattr(spec.grid, axis))) for axis in ("y", "x")]
     if found.grid.dims != spec.grid.dims or any(len(a) != len(b) for a, b in axes):
         shapes = [f"{' x '.join(map(str, grid.shape))} cells ({', '.join(grid.dims)})" for grid in (found.grid, spec.grid)]

@@ -5,6 +5,7 @@ import logging
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 from omegaconf import DictConfig, OmegaConf
 
 from appa_lite.core.errors import UserError
@@ -22,14 +23,26 @@ log = logging.getLogger(__name__)
 def run(cfg: DictConfig) -> None:
     """Write the posterior ensemble (time, number, grid) of ``cfg.observations`` to ``cfg.out``."""
     check_target(cfg.out)
+    dataset, facts = analyse(cfg, read_table(cfg.observations, table_options(cfg)), [cfg.observations])
+    write_dataset(dataset, cfg.out, dataset.attrs)
+    counts = ", ".join(f"{n} {reason}" for reason, n in json.loads(dataset.attrs["observation_counts"]).items())
+    print(f"{cfg.observations}: {counts}\n{cfg.out}: {dataset.sizes['time']} frames, {cfg.members} members; {facts}")
+
+
+def table_options(cfg: DictConfig) -> TableOptions:
+    """How observation files are to be read."""
+    return TableOptions.parse(None if cfg.network is None else OmegaConf.to_container(cfg.network))
+
+
+def analyse(cfg: DictConfig, table: pd.DataFrame, inputs: list[str]) -> tuple[xr.Dataset, str]:
+    """The posterior ensemble given a table of observations, and one line about the solver; ``inputs`` are the files behind it."""
     if cfg.members < 1:
         raise UserError(f"members={cfg.members} must be at least 1")
     assimilator, checkpoint = competitor(cfg, Assimilator)
-    options = TableOptions.parse(None if cfg.network is None else OmegaConf.to_container(cfg.network))
-    table = _withhold(read_table(cfg.observations, options), list(cfg.withhold_stations))
+    options = table_options(cfg)
+    table = _withhold(table, list(cfg.withhold_stations))
     times = frame_times(table["time"], cfg.start, cfg.end, checkpoint.spec.step, checkpoint.settings.get("phase", 0.0))
     observation, counts = build_observation(table, checkpoint.spec, times, options)
-    print(f"{cfg.observations}: " + ", ".join(f"{n} {reason}" for reason, n in counts.items()))
     bar = Bar()
     try:
         fields = assimilator.assimilate(observation, times, range(cfg.members), cfg.seed, bar)
@@ -42,14 +55,11 @@ def run(cfg: DictConfig) -> None:
             "the linear solver stopped at a relative residual of %.2g: raise guidance.max_iterations", summary["solver_residual_max"]
         )
     residual = (observation.residual(fields.mean(0)) ** 2 / observation.variance).mean()
-    attrs = provenance(cfg, cfg.seed, [cfg.observations]) | summary | {"observation_counts": json.dumps(counts)}
-    attrs |= {"field_spec": json.dumps(checkpoint.spec.to_dict()), "chi_square_of_the_mean": float(residual)}
     dataset = checkpoint.spec.to_dataset(fields.transpose(0, 1), {"time": times, "number": np.arange(cfg.members)})
-    write_dataset(dataset, cfg.out, attrs)
-    print(
-        f"{cfg.out}: {len(times)} frames, {cfg.members} members; misfit of the mean {residual:.2f} observation variances; "
-        f"solver {summary['solver_iterations_mean']:.0f} iterations a step, residual at most {summary['solver_residual_max']:.1g}"
-    )
+    dataset.attrs = provenance(cfg, cfg.seed, inputs) | summary | {"observation_counts": json.dumps(counts)}
+    dataset.attrs |= {"field_spec": json.dumps(checkpoint.spec.to_dict()), "chi_square_of_the_mean": float(residual)}
+    facts = f"misfit of the mean {residual:.2f} observation variances; solver {summary['solver_iterations_mean']:.0f} iterations a step"
+    return dataset, facts + f", residual at most {summary['solver_residual_max']:.1g}"
 
 
 def _withhold(table: pd.DataFrame, stations: list) -> pd.DataFrame:

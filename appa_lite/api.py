@@ -1,0 +1,58 @@
+"""The commands from Python, for notebooks: tables and datasets in, xarray datasets out.
+
+    import appa_lite
+    model = appa_lite.load("checkpoints/ocean")
+    analysis = model.reanalysis("observations.parquet", members=16)
+    forecast = model.forecast(analysis, lead="20d")
+"""
+
+from os import PathLike
+from pathlib import Path
+
+import pandas as pd
+import xarray as xr
+
+from appa_lite.config import compose
+from appa_lite.core.errors import UserError
+from appa_lite.models.checkpoint import FILE
+from appa_lite.observations import read_table
+from appa_lite.stages import forecast, reanalysis
+
+
+class Model:
+    """A trained prior. What a command can be told, its method can: ``model.reanalysis(file, "sampler.steps=16", members=8)``.
+
+    Args:
+        checkpoint: a model directory; device: auto, cpu or cuda.
+    """
+
+    def __init__(self, checkpoint: str | PathLike, device: str = "auto"):
+        if not (Path(checkpoint) / FILE).is_file():
+            raise UserError(f"no model at '{checkpoint}': expected a directory with {FILE}")
+        self.checkpoint, self.device = str(checkpoint), device
+
+    def reanalysis(self, observations: str | PathLike | pd.DataFrame, *choices: str, members: int = 16, seed: int = 0) -> xr.Dataset:
+        """The posterior ensemble (time, number, grid) given an observation file, or a table of the same columns."""
+        table = isinstance(observations, pd.DataFrame)
+        name = "a table" if table else str(observations)
+        cfg = self._compose("reanalysis", choices, observations=name, members=members, seed=seed)
+        rows = observations if table else read_table(name, reanalysis.table_options(cfg))
+        return reanalysis.analyse(cfg, rows, [] if table else [name])[0]
+
+    def forecast(
+        self, initial: str | PathLike | xr.Dataset, *choices: str, lead: str, members: int | None = None, seed: int = 0
+    ) -> xr.Dataset:
+        """The forecast ensemble (time, prediction_timedelta, number, grid) from an analysis, its file or a trajectory."""
+        data = isinstance(initial, xr.Dataset)
+        cfg = self._compose("forecast", choices, initial="a dataset" if data else str(initial), lead=lead, members=members, seed=seed)
+        return forecast.predict(cfg, initial if data else str(initial), [] if data else [str(initial)])
+
+    def _compose(self, command: str, choices: tuple[str, ...], **values: object):
+        given = {"checkpoint": self.checkpoint, "device": self.device, "out": "returned"} | values
+        typed = [f"{key}={'null' if value is None else value}" for key, value in given.items()]
+        return compose(command, [*typed, *choices])
+
+
+def load(checkpoint: str | PathLike, device: str = "auto") -> Model:
+    """The trained prior in a model directory."""
+    return Model(checkpoint, device)
