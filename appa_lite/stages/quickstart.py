@@ -1,5 +1,6 @@
 """``quickstart``: the main job from end to end on an ocean never seen, each step a command that can be typed by itself."""
 
+import os
 import shlex
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ def run(cfg: DictConfig) -> None:
     checkpoint = Path(cfg.checkpoint) if cfg.checkpoint else config.directory().parent / "checkpoints" / str(cfg.experiment)
     if not checkpoint.is_dir():
         raise UserError(f"no model at '{checkpoint}': give checkpoint=DIR, or run in a checkout of the repository, which ships one")
+    checkpoint = Path(os.path.relpath(checkpoint)) if checkpoint.is_absolute() and checkpoint.is_relative_to(Path.cwd()) else checkpoint
     out, began = Path(cfg.out), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     typed = []
