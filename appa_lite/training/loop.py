@@ -62,6 +62,8 @@ def train(
 
 def accelerator(precision: str = "fp32", device: str = "auto") -> Accelerator:
     """The processes and devices the launcher gives, checked: a wrong launch otherwise trains N unrelated models in silence."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is installed, warns that it found none
     for flag in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         if os.environ.get(flag, "false").lower() in ("1", "true"):
             raise UserError(f"{flag} is set, but this loop replicates the model: launch with a MULTI_GPU configuration")
