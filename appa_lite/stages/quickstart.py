@@ -71,5 +71,5 @@ def lines(cfg: DictConfig, checkpoint: Path, out: Path) -> list[list[str]]:
         [*scored, f"truth={files['truth.zarr']}", f"out={out / 'scores_reanalysis.json'}"],
         [*scored, f"observations={files['withheld.parquet']}", f"out={out / 'scores_withheld.json'}"],
         [*scores, f"forecast={files['forecast']}", f"truth={files['truth.zarr']}", f"out={out / 'scores_forecast.json'}"],
-        ["report", f"run={out}", f"out={out / 'report.html'}", f"picture={out / 'picture.png'}", title],
+        ["report", experiment, f"run={out}", f"out={out / 'report.html'}", f"picture={out / 'picture.png'}", title],
     ]
