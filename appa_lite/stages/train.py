@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from appa_lite.training.autoencoder import AutoencoderTraining, Sample, climatol
 from appa_lite.training.denoiser import DenoiserTraining, LatentWindows
 from appa_lite.training.loop import TrainingConfig, train
 
+MAIN = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started, the one that writes and prints
+
 
 def run(cfg: DictConfig) -> None:
     """Train ``cfg.trainable`` on ``cfg.data``; the model directory is ``cfg.run``/model."""
@@ -33,7 +36,8 @@ def run(cfg: DictConfig) -> None:
     cls, keywords = resolve(cfg.trainable, object)
     work = _denoiser if issubclass(cls, LatentDenoiser) else _autoencoder
     scores = work(cfg, cls, keywords, run_directory)
-    print(f"{run_directory / 'model'}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+    if MAIN:
+        print(f"{run_directory / 'model'}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
 
 
 def _fields(cfg: DictConfig, path: str, period: list | None, spec: FieldSpec | None = None) -> tuple[torch.Tensor, torch.Tensor, FieldSpec]:
@@ -79,7 +83,9 @@ def _autoencoder(cfg: DictConfig, cls: type, keywords: dict, run_directory: Path
     model = _fitting(cfg.trainable, Autoencoder, given)
     if not any(p.requires_grad for p in model.parameters()):
         card = reconstruction_card(model, normalizer, spec, some, test)
-        Checkpoint(spec, normalizer, model, None, settings | {"autoencoder": card}, climatology(spec, fields)).save(run_directory / "model")
+        result = Checkpoint(spec, normalizer, model, None, settings | {"autoencoder": card}, climatology(spec, fields))
+        if MAIN:
+            result.save(run_directory / "model")
         return {"compression": card["compression"]}
     model.mask.copy_(spec.mask_tensor())
     weights = OmegaConf.to_container(cfg.weights)
