@@ -13,7 +13,7 @@ for network in lorenz96_all lorenz96_eight; do
     appa-lite observe experiment=lorenz96 truth="$work/test.zarr" network=$network out="$work/$network.parquet"
     for method in latent_diffusion optimal_interpolation; do
         appa-lite reanalysis experiment=lorenz96 checkpoint="$model" observations="$work/$network.parquet" \
-            forecaster=$method out="$work/${network}_$method.zarr"
+            forecaster=$method members=8 out="$work/${network}_$method.zarr"
     done
     appa-lite verify forecast="$work/${network}_latent_diffusion.zarr" name=latent_diffusion truth="$work/test.zarr" checkpoint="$model" \
         "baselines={optimal_interpolation: $work/${network}_optimal_interpolation.zarr}" out="$work/scores_$network.json"

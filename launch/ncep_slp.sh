@@ -22,7 +22,7 @@ appa-lite verify experiment=ncep_slp forecast="$OUT/latent_diffusion.nc" "baseli
 # one to five days ahead, from the analysed fields of every eighteenth day of 2010
 DAYS=$(python - <<'PY'
 import datetime
-print(",".join(str(datetime.date(2010, 1, 8) + datetime.timedelta(days=10 * i)) for i in range(35)))
+print(",".join(str(datetime.date(2010, 1, 8) + datetime.timedelta(days=18 * i)) for i in range(20)))
 PY
 )
 appa-lite forecast experiment=ncep_slp checkpoint="$OUT/denoiser/model" initial="$GRID" "initial_time=[$DAYS]" lead=5d out="$OUT/forecast.nc"

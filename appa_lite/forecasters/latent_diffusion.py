@@ -12,7 +12,7 @@ from appa_lite.core.random import Streams
 from appa_lite.diffusion.base import NoiseSource, Sampler
 from appa_lite.forecasters.base import Assimilator, Forecaster, Progress, silent
 from appa_lite.forecasters.posterior import KnownFrames, ModeCovariance, Period, Prior, later
-from appa_lite.guidance.base import Guidance, LatentObservation, SolverReport
+from appa_lite.guidance.base import Guidance, LatentObservation, SolverReport, no_gradient
 from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.observations.base import Observation
 
@@ -114,11 +114,7 @@ class LatentDiffusion(Assimilator, Forecaster):
             report = SolverReport()
             denoiser = self.guidance(denoiser, latent, ModeCovariance(prior), report)
         else:
-            plain = denoiser
-
-            def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
-                with torch.no_grad():
-                    return plain(x, sigma)
+            denoiser = no_gradient(denoiser)
 
         noise = _noise(Streams(seed, members, name), prior.shape)
         latents = self.sampler(

@@ -60,7 +60,7 @@ class Prior:
 
     Args:
         checkpoint: with a denoiser; period: the frames; overlap: latent frames shared by neighbouring windows;
-        batch: windows computed at once; network: False leaves the Gaussian part alone (optimal interpolation's prior).
+        batch: windows computed at once.
     """
 
     def __init__(self, checkpoint: Checkpoint, period: Period, overlap: int, batch: int):

@@ -5,15 +5,14 @@ Columns: ``time`` (datetime64[ns], UTC), the coordinates (``latitude, longitude`
 station, type, source, qc, bias, half_width, radius``.
 """
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from appa_lite.core.errors import UserError
+from appa_lite.core.store import atomic
 from appa_lite.observations import discrete
 from appa_lite.observations.options import TableOptions
 
@@ -158,19 +157,5 @@ def write_table(path: str | Path, table: pd.DataFrame) -> None:
     }
     if path.suffix not in writers:
         raise UserError(f"{path}: expected an ending .parquet, .csv or .nc for observations, got '{path.suffix}'")
-    with _whole(path) as temporary:
+    with atomic(path) as temporary:
         writers[path.suffix](temporary)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``, renamed to it on success and removed on failure."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
