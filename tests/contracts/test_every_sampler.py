@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from appa_lite.config import build, compose, options
-from appa_lite.core.random import Streams
+from appa_lite.core.random import Streams, generator
 from appa_lite.diffusion.base import Sampler
 
 MEAN = torch.tensor([1.0, -2.0, 0.0, 0.5], dtype=torch.float64)
@@ -23,11 +23,17 @@ def gaussian(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 def source(members: int, seed: int = 0):
     streams = Streams(seed, range(members), "contract")
-    return lambda step: streams.normal((4,), torch.float64)
+    return lambda draw: streams.normal((4,), torch.float64)
+
+
+def crowd(seed: int = 0):
+    """As many members as statistics need, from one stream."""
+    stream = generator(seed, "contract")
+    return lambda draw: torch.randn(MEMBERS, 4, generator=stream, dtype=torch.float64)
 
 
 def test_a_gaussian_is_sampled(sampler):
-    sample = sampler(gaussian, source(MEMBERS))
+    sample = sampler(gaussian, crowd())
     assert (((sample.mean(0) - MEAN) / STD).abs() < 5 / MEMBERS**0.5 + 0.01).all()
     assert ((sample.std(0) / STD - 1).abs() < 0.05).all()
     shape = (sample - MEAN) / STD
