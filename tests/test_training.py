@@ -116,9 +116,10 @@ def test_it_learns_and_leaves_a_complete_run(tmp_path):
     assert not list(tmp_path.rglob(".*"))
 
 
-def test_resumed_is_bitwise_uninterrupted(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_is_bitwise_uninterrupted(tmp_path, optimizer):
     """With dropout, in the middle of an epoch, and with the log as if nothing had happened."""
-    config = TrainingConfig(**BASE)
+    config = TrainingConfig(**BASE, optimizer=optimizer)
     whole = train(LinearDenoiser(dropout=0.2), windows(), windows(2), config, tmp_path / "whole")
     with pytest.raises(Stop):
         train(Dies(27, dropout=0.2), windows(), windows(2), config, tmp_path / "cut")

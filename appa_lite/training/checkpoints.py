@@ -65,9 +65,10 @@ def load_last(directory: Path, device: torch.device | str = "cpu") -> tuple[dict
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's tensors by name, 'parameter.quantity'."""
+    """The optimiser's tensors by name, 'parameter.quantity'; flags (Muon's choice of algorithm) follow from its groups."""
     entries = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": torch.as_tensor(value) for i, quantities in entries.items() for key, value in quantities.items()}
+    values = ((f"{i}.{key}", value) for i, quantities in entries.items() for key, value in quantities.items())
+    return {name: torch.as_tensor(value) for name, value in values if not isinstance(value, bool)}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

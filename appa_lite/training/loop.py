@@ -332,16 +332,25 @@ class _Loop:
 
 
 def _optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW, with weight decay on matrices and kernels only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
+    """AdamW or Muon, with weight decay on matrices and kernels only; Muon leaves to AdamW what is no layer's weight."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
         raise UserError("the model has no parameters to train")
+    layers = [p for name, p in named if p.ndim >= 2 and name.endswith("weight")]
+    others = [p for name, p in named if p.ndim >= 2 and not name.endswith("weight")]
+    vectors = [p for _, p in named if p.ndim < 2]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": layers, "use_muon": True},
+        {"params": others, "use_muon": False},
+        {"params": vectors, "use_muon": False, "weight_decay": 0.0},
     ]
-    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=tuple(config.betas), fused=fused)
+    groups, common = [g for g in groups if g["params"]], {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "muon":
+        from timm.optim import Muon
+
+        return Muon(groups, betas=tuple(config.betas), nesterov=True, **common)
+    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for _, p in named)
+    return torch.optim.AdamW(groups, betas=tuple(config.betas), fused=fused, **common)
 
 
 @contextmanager

@@ -13,11 +13,13 @@ class TrainingConfig:
     Args:
         steps: optimiser steps; None: as many as fit in ``time_limit``.
         batch: samples per step over all processes.
+        optimizer: 'adamw', or 'muon': matrices and kernels follow their orthogonalised momentum (Jordan et al. 2024), scaled so that
+            AdamW's learning rates serve, and the rest follows AdamW.
         learning_rate: its maximum.
         warmup: steps of linear increase.
         schedule: 'cosine' or 'linear' decay over the training, 'constant', or 'rsqrt' (EDM2: constant, then one over a square root).
         final: the learning rate at the end, as a fraction of the maximum (cosine and linear).
-        weight_decay: of AdamW, on parameters with two or more dimensions.
+        weight_decay: decoupled, on parameters with two or more dimensions.
         betas: of AdamW.
         clip: maximum norm of the gradient; None: no clipping.
         ema: relative standard deviation of the power-function average of the weights (EDM2: 0.05 to 0.1).
@@ -40,6 +42,7 @@ class TrainingConfig:
 
     steps: int | None = 10_000
     batch: int = 64
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     warmup: int = 100
     schedule: str = "cosine"
@@ -69,6 +72,7 @@ class TrainingConfig:
             (self.steps is None or self.steps >= 1, f"steps={self.steps} must be at least 1"),
             (self.time_limit is None or self.time_limit > 0, f"time_limit={self.time_limit} must be a positive number of seconds"),
             (self.batch >= 1 and self.accumulate >= 1, f"batch={self.batch} and accumulate={self.accumulate} must be at least 1"),
+            (self.optimizer in ("adamw", "muon"), f"unknown optimizer '{self.optimizer}': choose adamw or muon"),
             (self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive"),
             (self.schedule in DECAYS, f"unknown schedule '{self.schedule}': choose from {', '.join(DECAYS)}"),
             (self.device in ("auto", "cpu"), f"unknown device '{self.device}': choose auto or cpu"),
