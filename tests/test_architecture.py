@@ -24,16 +24,16 @@ MAY_IMPORT |= {"api": {"stages", "config", "core", "models", "observations"}, "_
 #: modules that the leaves of a room may import beside ``base``; a leaf is any other module
 HELPERS = {
     "simulators": {"stepping", "rings"},
-    "observations": {"build", "cells", "discrete", "network", "options", "points", "table", "tracks", "units"},
+    "observations": {"build", "cells", "discrete", "network", "options", "points", "rows", "table", "tracks", "units"},
     "diffusion": {"schedule"},
-    "guidance": {"modes"},
+    "guidance": {"gaussian", "modes"},
     "models": {"normalizer"},
     "training": {"checkpoints", "ema", "logs", "schedule"},
-    "forecasters": {"posterior"},
-    "stages": {"device", "prior"},
+    "forecasters": {"designs", "ensemble", "initial", "localisation", "posterior"},
+    "stages": {"assimilation", "device", "prior"},
 }
 #: modules whose trade is to know the leaves: they read what is saved or tabulated and find its class, or chain commands
-ASSEMBLERS = {"observations": {"build"}, "models": {"checkpoint"}, "stages": {"quickstart"}}
+ASSEMBLERS = {"observations": {"build"}, "models": {"checkpoint"}, "stages": {"quickstart", "tune"}}
 #: rooms of functions that build on each other, without leaves; only cycles are wrong there
 WORKSHOPS = {"core", "nn", "data", "verification"}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from appa_lite.core.linalg import conjugate_gradients
+from appa_lite.core.linalg import Stop, conjugate_gradients, gmres
 
 
 @pytest.fixture
@@ -92,7 +92,133 @@ def test_iterations_are_bounded_and_the_residual_is_told(problem):
     assert (solution.residual > 1e-12).all()
 
 
-def test_negative_curvature_is_an_error(problem):
+@pytest.fixture
+def crooked(problem) -> torch.Tensor:
+    """What a learned Jacobian makes: half asymmetric, its symmetric part indefinite; acts from the right."""
+    matrix, _ = problem
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(24, 24, generator=generator, dtype=torch.float64)
+    matrix = matrix / 100 + noise + torch.eye(24, dtype=torch.float64)
+    assert torch.linalg.eigvalsh(matrix + matrix.T)[0] < -1
+    return matrix
+
+
+def test_negative_curvature_falls_back_to_gmres(crooked, problem):
     _, b = problem
-    with pytest.raises(FloatingPointError, match="not positive definite"):
-        conjugate_gradients(lambda v: -v, b)
+    solution = conjugate_gradients(lambda v: v @ crooked, b, tolerance=1e-9)
+    assert (solution.stop == Stop.NEGATIVE_CURVATURE).any() and (solution.residual <= 1e-9).all()
+    torch.testing.assert_close(solution.x, torch.linalg.solve(crooked.T, b.T).T, rtol=1e-5, atol=1e-7)
+    bare = conjugate_gradients(lambda v: -v, b)
+    torch.testing.assert_close(bare.x, -b)
+    assert (bare.stop == Stop.NEGATIVE_CURVATURE).all() and bare.spent.tolist() == [2, 2, 2]
+
+
+def test_a_stall_falls_back_to_gmres(problem):
+    """Positive, but far from symmetric: no curvature gives it away."""
+    _, b = problem
+    skew = torch.randn(24, 24, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    matrix = torch.eye(24, dtype=torch.float64) + 3 * (skew - skew.T)
+    solution = conjugate_gradients(lambda v: v @ matrix, b, tolerance=1e-9, patience=10)
+    assert (solution.stop == Stop.STALLED).all() and (solution.residual <= 1e-9).all()
+    torch.testing.assert_close(solution.x, torch.linalg.solve(matrix.T, b.T).T, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("span", [2.0, 4.0, 5.0])
+def test_positive_definite_systems_need_no_fallback(span, dtype):
+    """However long conjugate gradients take on the wider spectra, whose residual rises before it falls."""
+    generator = torch.Generator().manual_seed(5)
+    vectors, _ = torch.linalg.qr(torch.randn(200, 200, generator=generator, dtype=torch.float64))
+    matrix = (vectors @ torch.diag(torch.logspace(0, span, 200, dtype=torch.float64)) @ vectors.T).to(dtype)
+    b = torch.randn(2, 200, generator=generator, dtype=torch.float64).to(dtype)
+    solution = conjugate_gradients(lambda v: v @ matrix, b, tolerance=1e-3, max_iterations=3000)
+    assert (solution.stop == Stop.CONVERGED).all() and (solution.residual <= 1e-3).all()
+
+
+def test_gmres_minimises_the_residual_over_the_krylov_space(crooked, problem):
+    _, b = problem
+    for k in (1, 3, 24):
+        solution = gmres(lambda v: v @ crooked, b, tolerance=0, max_iterations=k)
+        for i in range(3):
+            vectors = [b[i]]
+            for _ in range(k - 1):
+                vectors.append(vectors[-1] @ crooked / 10)
+            space = torch.stack(vectors) @ crooked
+            orthonormal, _ = torch.linalg.qr(space.T)
+            best = b[i] - orthonormal @ (orthonormal.T @ b[i])
+            torch.testing.assert_close(solution.residual[i], best.norm() / b[i].norm(), rtol=1e-4, atol=1e-6)
+
+
+def test_gmres_restarts_and_takes_a_preconditioner(crooked, problem):
+    _, b = problem
+    near = torch.linalg.inv(crooked + 0.3 * torch.eye(24, dtype=torch.float64))
+    matvec = lambda v: v @ crooked  # noqa: E731
+    plain = gmres(matvec, b, tolerance=1e-8, max_iterations=500, restart=24)
+    better = gmres(matvec, b, tolerance=1e-8, precondition=lambda r: r @ near, restart=4)
+    assert (better.residual <= 1e-8).all() and better.iterations < plain.iterations
+    torch.testing.assert_close(better.x, torch.linalg.solve(crooked.T, b.T).T, rtol=1e-5, atol=1e-7)
+
+
+def test_gmres_gives_up_where_it_cannot_go_on(problem):
+    """A cyclic shift: no combination of the first M - 1 products is nearer to b than zero is."""
+    b = torch.zeros(1, 24, dtype=torch.float64)
+    b[0, 0] = 1
+    solution = gmres(lambda v: v.roll(1, -1), b, restart=5, max_iterations=100)
+    assert solution.stop.tolist() == [Stop.STALLED] and solution.iterations == 5 and solution.residual == 1
+    assert not solution.x.any()
+
+
+@pytest.mark.parametrize("solve", [conjugate_gradients, gmres])
+def test_members_fall_back_one_by_one(crooked, problem, solve):
+    """Also when only some of them need it, with a start, and within the same number of products."""
+    matrix, b = problem
+    both = torch.stack([crooked, matrix / 100, crooked])
+    b = b * torch.tensor([[1e-6], [1.0], [1e6]], dtype=torch.float64)
+    start = torch.linalg.solve(both.mT, b[..., None])[..., 0] + 0.3 * b
+    together = solve(lambda v: torch.einsum("bi,bij->bj", v, both), b, start, 1e-6, 13)
+    for i in range(3):
+        alone = solve(lambda v, i=i: v @ both[i], b[i : i + 1], start[i : i + 1], 1e-6, 13)
+        torch.testing.assert_close(together.x[i : i + 1], alone.x, rtol=1e-7, atol=0)
+        assert alone.stop == together.stop[i] and alone.spent == together.spent[i] <= 13
+
+
+@pytest.mark.parametrize("solve", [conjugate_gradients, gmres])
+def test_the_image_of_the_solution_comes_for_free(crooked, problem, solve):
+    _, b = problem
+    other = torch.randn(24, 2, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    calls = []
+
+    def matvec(v):
+        calls.append(1)
+        return v @ crooked, torch.einsum("bi,ijk->bjk", v, other)
+
+    for start in (None, b.flip(0) / 50, 100 * b):
+        calls.clear()
+        solution = solve(matvec, b, start, 1e-6)
+        torch.testing.assert_close(solution.image, torch.einsum("bi,ijk->bjk", solution.x, other), rtol=1e-8, atol=1e-9)
+        assert len(calls) == solution.iterations + (start is not None)
+
+
+def test_a_start_worse_than_zero_is_ignored(problem):
+    matrix, b = problem
+    start = torch.cat([100 * b[:1], torch.linalg.solve(matrix, b[1:].T).T * 1.01])
+    solution = conjugate_gradients(lambda v: v @ matrix, b, start, max_iterations=0)
+    assert not solution.x[0].any() and torch.equal(solution.x[1:], start[1:])
+    assert solution.residual[0] == 1
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+def test_fixed_counts_agree_with_azula(crooked, problem, iterations):
+    solvers = pytest.importorskip("azula.linalg.solve")
+    matrix, b = problem
+    ours = gmres(lambda v: v @ crooked, b, tolerance=0, max_iterations=iterations)
+    torch.testing.assert_close(ours.x, solvers.gmres(lambda v: v @ crooked, b, iterations=iterations), rtol=1e-9, atol=1e-12)
+    ours = conjugate_gradients(lambda v: v @ matrix, b, tolerance=0, max_iterations=iterations)
+    torch.testing.assert_close(ours.x, solvers.cg(lambda v: v @ matrix, b, iterations=iterations), rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_not_a_number_is_not_converged(problem):
+    _, b = problem
+    for solve in (conjugate_gradients, gmres):
+        solution = solve(lambda v: v * torch.nan, b)
+        assert not solution.x.any() and (solution.residual == 1).all() and (solution.stop != Stop.CONVERGED).all()

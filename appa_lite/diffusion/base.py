@@ -5,8 +5,11 @@ A guided denoiser is a denoiser, and windows composed into a long trajectory are
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
+
+from appa_lite.core.errors import UserError
 
 #: (x_t (B, T, ...), sigma ()) -> E[x | x_t], the same shape, for x_t = x + sigma n
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -20,3 +23,29 @@ class Sampler(ABC):
     @abstractmethod
     def __call__(self, denoiser: Denoiser, noise: NoiseSource, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """A sample x_0, of the shape of ``noise(0)``. ``progress(step, steps)`` is called after each step."""
+
+
+@dataclass(frozen=True)
+class Twist:
+    """A posterior denoiser's opinion of x_t: D(x_t) and E[x | x_t, y], (B, T, ...), and log p~(y | x_t), (B,), up to a
+    constant that all members share."""
+
+    prior: Tensor
+    posterior: Tensor
+    log_likelihood: Tensor
+
+
+class GuidedDenoiser(ABC):
+    """The denoiser of a posterior. Most know the Gaussian N(y; A D(x_t), R + A C A^T) that they take for p(y | x_t)."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """E[x | x_t, y]."""
+
+    def twist(self, x: Tensor, sigma: Tensor) -> Twist:
+        """The same with what it is a correction of, and the logarithm of the Gaussian at y.
+
+        Raises:
+            UserError: this guidance has no such Gaussian, or its determinant is out of reach.
+        """
+        raise UserError("this guidance has no Gaussian for p(y | x_t) that could weigh particles: choose guidance=moment_matching or mmps")

@@ -1,6 +1,9 @@
 """Prior + observation -> posterior. A guided denoiser is a denoiser."""
 
+import json
+import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -8,7 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from appa_lite.diffusion.base import Denoiser
+from appa_lite.core.errors import UserError
+from appa_lite.core.linalg import Solution, Stop
+from appa_lite.diffusion.base import Denoiser, GuidedDenoiser, Twist
 
 
 class PosteriorCovariance(Protocol):
@@ -29,6 +34,8 @@ class PosteriorCovariance(Protocol):
 
 class LatentOperator(ABC):
     """The observation operator seen from latent space: y = A(z), and its linearisation in the modes."""
+
+    linear = False  #: the derivative is the same everywhere
 
     @abstractmethod
     def predict(self, latents: Tensor) -> Tensor:
@@ -64,28 +71,78 @@ class LatentObservation:
 
 @dataclass
 class SolverReport:
-    """What the linear solver did at each noise level: iterations, and the largest relative residual of any member."""
+    """What the linear solver did at each noise level.
+
+    Args:
+        sigma: the noise levels, in the order they were visited, one entry a step and batch of members.
+        iterations: of the slowest member; residual: the largest of any member, relative, in the R-whitened norm.
+        products: vector-Jacobian products of the denoiser for each member, with those outside the solver.
+        status: ``converged``, or what stopped conjugate gradients: ``stalled``, ``negative curvature``, ``exhausted``.
+        missed: whether a member was left above the tolerance.
+    """
 
     sigma: list[float] = field(default_factory=list)
     iterations: list[int] = field(default_factory=list)
     residual: list[float] = field(default_factory=list)
+    products: list[int] = field(default_factory=list)
+    status: list[str] = field(default_factory=list)
+    missed: list[bool] = field(default_factory=list)
 
-    def add(self, sigma: float, iterations: int, residual: float) -> None:
+    def add(
+        self, sigma: float, iterations: int, residual: float, products: int = 0, status: str = "converged", missed: bool = False
+    ) -> None:
         self.sigma.append(sigma)
         self.iterations.append(iterations)
         self.residual.append(residual)
+        self.products.append(products)
+        self.status.append(status)
+        self.missed.append(missed)
 
     def merge(self, other: "SolverReport") -> None:
         """Append the steps of another batch of members."""
-        self.sigma += other.sigma
-        self.iterations += other.iterations
-        self.residual += other.residual
+        for name, values in vars(other).items():
+            getattr(self, name).extend(values)
 
     def summary(self) -> dict[str, float]:
-        """Mean iterations a step and worst residual; zeros when nothing was solved."""
-        if not self.iterations:
-            return {"solver_iterations_mean": 0.0, "solver_residual_max": 0.0}
-        return {"solver_iterations_mean": sum(self.iterations) / len(self.iterations), "solver_residual_max": max(self.residual)}
+        """Mean iterations and products a step, worst residual, share of the steps that missed; zeros when nothing was solved."""
+        steps = max(len(self.sigma), 1)
+        return {
+            "solver_iterations_mean": sum(self.iterations) / steps,
+            "solver_residual_max": max(self.residual, default=0.0),
+            "solver_products_mean": sum(self.products) / steps,
+            "solver_missed": sum(self.missed) / steps,
+        }
+
+    def attributes(self) -> dict[str, float | str]:
+        """The summary, and ``solver_steps``: lists by noise level as JSON, the worst of all batches of members."""
+        rows = {s: [i for i, sigma in enumerate(self.sigma) if sigma == s] for s in dict.fromkeys(self.sigma)}
+        steps = {
+            "sigma": [_short(s) for s in rows],
+            "iterations": [max(self.iterations[i] for i in row) for row in rows.values()],
+            "residual": [_short(max(self.residual[i] for i in row)) for row in rows.values()],
+            "products": [max(self.products[i] for i in row) for row in rows.values()],
+            "status": [max((self.status[i] for i in row), key=list(STATUS.values()).index) for row in rows.values()],
+        }
+        return self.summary() | {"solver_steps": json.dumps(steps, separators=(",", ":"))}
+
+    def warning(self) -> str | None:
+        """One line for the log, where the solver did not converge."""
+        if not any(self.missed):
+            return None
+        worst = max(range(len(self.sigma)), key=lambda i: self.residual[i])
+        causes = Counter(status for status, missed in zip(self.status, self.missed, strict=True) if missed)
+        return (
+            f"the linear solver did not converge at {sum(self.missed)} of {len(self.missed)} steps "
+            f"({', '.join(f'{cause}: {n}' for cause, n in causes.items())}; largest relative residual {self.residual[worst]:.2g} "
+            f"at sigma {self.sigma[worst]:.2g}): raise guidance.max_iterations or guidance.tolerance"
+        )
+
+
+STATUS = {stop: stop.name.lower().replace("_", " ") for stop in Stop}
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.3g}") if math.isfinite(value) else None
 
 
 class Guidance(ABC):
@@ -96,6 +153,102 @@ class Guidance(ABC):
         self, denoiser: Denoiser, observation: LatentObservation, covariance: PosteriorCovariance, report: SolverReport
     ) -> Denoiser:
         """The denoiser of the posterior; ``report`` collects what its solver does."""
+
+
+class Local:
+    """The prior's estimate at x_t, the observation seen from there, and products with the denoiser's Jacobian J.
+
+    Attributes:
+        mean: D(x_t) (B, T, Z, h, w), without a graph; sigma: ();
+        innovation: y - A(D(x_t)), (B, M); variance: of the observation errors (M,);
+        linear: the derivative of A at D(x_t); covariance: of z - D(z_t), in modes;
+        memory: what a method keeps from one noise level to the next; products: made so far.
+    """
+
+    def __init__(self, parent: "Conditioned", x: Tensor, sigma: Tensor):
+        observation, self.covariance, self.memory = parent.observation, parent.covariance, parent.memory
+        self.operator, self.variance, self.report = observation.operator, observation.variance, parent.report
+        self.sigma, self.products = sigma, 0
+        with torch.set_grad_enabled(parent.method.jacobian):
+            self._x = x.detach().requires_grad_(parent.method.jacobian)
+            self._mean = parent.denoiser(self._x, sigma)
+        self.mean = self._mean.detach()
+        with torch.no_grad():
+            self.innovation = observation.values - self.operator.predict(self.mean)
+            self.linear = self.operator.linearise(self.mean)
+
+    def pull(self, values: Tensor, last: bool = False) -> Tensor:
+        """sigma^2 J^T A^T v for values (B, M): one vector-Jacobian product. ``last`` frees the graph."""
+        self.products += 1
+        push = self.covariance.expand(self.linear.adjoint(values.to(self.mean)))
+        return self.sigma**2 * torch.autograd.grad(self._mean, self._x, push, retain_graph=not last)[0]
+
+    def observe(self, latents: Tensor) -> Tensor:
+        """A v for latents v: (B, M)."""
+        return self.linear.forward(self.covariance.project(latents))
+
+    def solved(self, solution: Solution | None, tolerance: float, on_failure: str) -> None:
+        """Report a solution, its residual in the R-whitened norm; None: nothing had to be iterated."""
+        if solution is None:
+            return self.direct()
+        missed = not bool((solution.residual <= tolerance).all())
+        status = STATUS[Stop(int(solution.stop.max()))]
+        self.report.add(float(self.sigma), solution.iterations, float(solution.residual.max()), self.products, status, missed)
+        if missed and on_failure == "error":
+            raise UserError(f"{self.report.warning()}, or on_failure=warn")
+
+    def direct(self) -> None:
+        """Report that nothing had to be iterated."""
+        self.report.add(float(self.sigma), 0, 0.0, self.products)
+
+
+class Correction(Guidance):
+    """A guidance that adds to D(x_t) what the observation tells at x_t."""
+
+    jacobian = True  #: needs products with the denoiser's Jacobian
+    exact = False  #: the posterior's own denoiser where the prior is Gaussian, up to the solver's tolerance
+
+    def __call__(
+        self, denoiser: Denoiser, observation: LatentObservation, covariance: PosteriorCovariance, report: SolverReport
+    ) -> GuidedDenoiser:
+        return Conditioned(self, denoiser, observation, covariance, report)
+
+    @abstractmethod
+    def correct(self, here: Local, twist: bool) -> tuple[Tensor, Tensor | None]:
+        """E[z | z_t, y] - D(z_t), and, if ``twist``, log p~(y | z_t) (B,) up to a constant; None where the method has none."""
+
+
+def check_on_failure(value: str) -> str:
+    """``warn`` or ``error``, or a ``UserError``."""
+    if value not in ("warn", "error"):
+        raise UserError(f"guidance.on_failure={value}: expected warn or error")
+    return value
+
+
+class Conditioned(GuidedDenoiser):
+    """The denoiser D(x_t) + correction of one observation."""
+
+    def __init__(
+        self,
+        method: Correction,
+        denoiser: Denoiser,
+        observation: LatentObservation,
+        covariance: PosteriorCovariance,
+        report: SolverReport,
+    ):
+        self.method, self.denoiser, self.observation, self.covariance, self.report = method, denoiser, observation, covariance, report
+        self.memory: dict[str, Tensor] = {}
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        here = Local(self, x, sigma)
+        with torch.no_grad():
+            return here.mean + self.method.correct(here, False)[0]
+
+    def twist(self, x: Tensor, sigma: Tensor) -> Twist:
+        here = Local(self, x, sigma)
+        with torch.no_grad():
+            correction, log_likelihood = self.method.correct(here, True)
+        return super().twist(x, sigma) if log_likelihood is None else Twist(here.mean, here.mean + correction, log_likelihood)
 
 
 def no_gradient(denoiser: Denoiser) -> Callable[[Tensor, Tensor], Tensor]:

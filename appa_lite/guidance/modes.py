@@ -77,6 +77,7 @@ class DecodedCells(LatentOperator):
         slope: Callable[[Tensor], Tensor] | None = None,
     ):
         self.operator, self.frames, self.decode, self.responses, self.slope = operator, frames, decode, responses, slope
+        self.linear = operator.linear and slope is None
         order = torch.argsort(responses.first, stable=True)
         frames, counts = torch.unique_consecutive(responses.first[order], return_counts=True)
         self.groups = [(f, rows, responses.phi[rows]) for f, rows in zip(frames.tolist(), order.split(counts.tolist()), strict=True)]
@@ -86,7 +87,7 @@ class DecodedCells(LatentOperator):
 
     def linearise(self, latents: Tensor) -> "CellModes":
         gains = None
-        if not self.operator.linear or self.slope is not None:
+        if not self.linear:
             gains = torch.cat([self._gains(z[None]) for z in latents])
         return CellModes(self, gains)
 
@@ -139,10 +140,14 @@ class CellModes(LinearModes):
         return padded[:, r.reach : r.reach + frames]
 
     def preconditioner(self, covariance: PosteriorCovariance, sigma: Tensor, variance: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """Block Jacobi: the values that fall on one latent frame are solved for together (at most ``BLOCK`` of them)."""
+        """Block Jacobi: the values that fall on one latent frame are solved for together (at most ``BLOCK`` of them).
+
+        Where the derivative depends on the state, every member has its own: then the diagonal alone.
+        """
+        local, whiten = covariance.local(self.parent.responses.offsets, sigma), variance.rsqrt()
         if not self.plain or self.gains is not None:
-            return None
-        local, whiten, factors = covariance.local(self.parent.responses.offsets, sigma), variance.rsqrt(), []
+            return self._diagonal(local, variance)
+        factors = []
         for _, rows, phi in self.parent.groups:
             for part, seen in zip(rows.split(BLOCK), phi.split(BLOCK), strict=True):
                 spread = torch.einsum("psk,ksr->prk", seen, local).flatten(1) @ seen.flatten(1).T
@@ -152,7 +157,16 @@ class CellModes(LinearModes):
         def apply(residual: Tensor) -> Tensor:
             out = torch.empty_like(residual)
             for part, factor in factors:
-                out[:, part] = torch.cholesky_solve(residual[:, part].T, factor).T
+                out[:, part] = torch.cholesky_solve(residual[:, part].T.to(factor), factor).T.to(residual)
             return out
 
         return apply
+
+    def _diagonal(self, local: Tensor, variance: Tensor) -> Callable[[Tensor], Tensor]:
+        """1 / (1 + diag(A C A^T) / R), the terms of a row counted as if they were independent."""
+        parent, parts = self.parent, self.parent.responses.phi.split(BLOCK)
+        terms = torch.cat([(torch.einsum("psk,ksr->prk", seen, local) * seen).sum((1, 2)) for seen in parts])[None]
+        if self.gains is not None:
+            terms = terms * self.gains**2
+        rows = terms.new_zeros(terms.shape[0], len(parent.operator)).index_add(1, parent.operator.row, terms)
+        return lambda residual: residual / (1 + rows / variance)
