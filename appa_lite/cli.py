@@ -33,6 +33,10 @@ COMMANDS = {
         "score a forecast or analysis against a truth or observations",
         "forecast=runs/forecast.zarr truth=runs/truth.zarr out=runs/scores.json",
     ),
+    "benchmark": (
+        "guidance methods beside a posterior that is known: error against cost",
+        "experiment=gaussian_process sampler.steps=16 out=runs/benchmark",
+    ),
     "report": ("one self-contained HTML page of a run directory", "run=runs/quickstart out=runs/report.html"),
 }
 HELP = """usage: appa-lite COMMAND key=value ...
