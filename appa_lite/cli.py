@@ -17,6 +17,10 @@ COMMANDS = {
         "learn station biases and representativeness errors from a gridded truth",
         "observations=stations.csv truth=analysis.nc period=[2017-01-01,2017-01-21] out=runs/stations.parquet",
     ),
+    "estimate": (
+        "estimate the errors and biases of observations from innovations, without a truth",
+        "checkpoint=checkpoints/lorenz96 observations=runs/obs.parquet out=runs/obs_estimated.parquet",
+    ),
     "train": (
         "train an autoencoder, then a denoiser on its latents",
         "experiment=lorenz96 trainable=autoencoder data=runs/train.zarr run=runs/autoencoder",
@@ -24,6 +28,14 @@ COMMANDS = {
     "reanalysis": (
         "posterior ensemble over a period, from all its observations",
         "checkpoint=checkpoints/lorenz96 observations=runs/obs.parquet out=runs/reanalysis.zarr",
+    ),
+    "filter": (
+        "analyses in time order, each from the observations up to its time; goes on from a previous run",
+        "checkpoint=checkpoints/lorenz96 observations=runs/obs.parquet out=runs/analyses.zarr",
+    ),
+    "tune": (
+        "the settings of an assimilation method with the smallest error on validation data",
+        "experiment=lorenz96 forecaster=letkf truth=runs/validation.zarr observations=runs/obs.parquet grid={radius:[12,20]}",
     ),
     "forecast": (
         "forecast ensemble from an analysis or one state",
@@ -125,4 +137,3 @@ def _help(command: str) -> str:
     if "experiment" in groups:
         lines.append(f"  {'experiment=':14}FILE.yaml, an experiment of your own")
     return "\n".join([*lines, "", "example:", f"  appa-lite {command} {example}"])
-

@@ -1,7 +1,9 @@
 """The report: everything a run directory holds, told in the order in which one asks for it."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 
 import numpy as np
 import pandas as pd
@@ -11,7 +13,7 @@ from appa_lite.core.errors import UserError
 from appa_lite.verification import maps, page, score_figures
 from appa_lite.verification.page import Section
 from appa_lite.verification.score_figures import words
-from appa_lite.verification.tables import Record, duration, leads
+from appa_lite.verification.tables import Record, duration, format_number, leads
 from appa_lite.verification.verify import Verification
 
 LIMIT = 11e6  # characters of a page
@@ -86,7 +88,7 @@ def sections(run: Run, frames: int) -> list[Section]:
         body = maps.analysis_maps(run.reanalysis, run.truth, run.optimal_interpolation, run.observations, frames)
         lead = "What was observed around each time, and the ensemble given all observations of the period, before and after."
         out.append(Section("Reanalysis", lead, body))
-    out += _scores(run, "reanalysis") + _scores(run, "withheld")
+    out += _evidence(run) + _scores(run, "reanalysis") + _scores(run, "withheld")
     if run.forecast is not None:
         lead = "Each member starts from a member of the analysis; nothing is observed after the initial time."
         out.append(Section("Forecast", lead, maps.forecast_maps(run.forecast, run.truth, frames)))
@@ -130,6 +132,35 @@ def _scores(run: Run, kind: str) -> list[Section]:
     against = "withheld observations, their errors accounted for" if details.get("kind") == "observations" else "the truth"
     lead = f"Against {against}. Bold is the best of its column, the small print the 90 % interval; spread / skill is best at one."
     return [Section(HEADINGS[kind], lead if records else "Reports that were never assimilated.", "".join(parts))]
+
+
+def _evidence(run: Run) -> list[Section]:
+    """What the analysis says about itself, where it was written with it."""
+    if run.reanalysis is None or "evidence" not in run.reanalysis.attrs:
+        return []
+    records, effective = json.loads(run.reanalysis.attrs["evidence"]), run.reanalysis.attrs["effective_members"]
+    columns = {"rows": "values used", "chi_square": "chi-square", "desroziers": "Desroziers ratio", "bias": "bias"}
+    columns |= {"withheld": "withheld", "crps": "CRPS", "spread_skill": "spread / skill", "coverage": "coverage"}
+    shown = {key: name for key, name in columns.items() if any(key in r for r in records)}
+    lines = [[escape(words(r["kind"])), *(format_number(r[k]) if k in r else "" for k in shown)] for r in records]
+    body = page.table(["", *shown.values()], [("", lines)])
+    ranks = [
+        {"system": "reanalysis", "variable": r["kind"], "lead_time": None, "frequencies": _shares(r["ranks"])}
+        for r in records
+        if "ranks" in r
+    ]
+    if ranks:
+        expected = next(100 * r["coverage_expected"] for r in records if "ranks" in r)
+        lead = (
+            f"Ranks of withheld values among members with the error of an observation: flat is right, and a coverage of {expected:.0f} %."
+        )
+        body += _part("Values never assimilated", lead, score_figures.rank_histograms(ranks))
+    lead = f"Chi-square and Desroziers ratio are one where prior and stated errors are right; {effective:.3g} members count as independent."
+    return [Section("Evidence", lead, body)]
+
+
+def _shares(counts: Sequence[int]) -> list[float]:
+    return [count / sum(counts) for count in counts]
 
 
 def _part(title: str, lead: str, body: str) -> str:
