@@ -16,7 +16,13 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 class Assimilator(ABC):
-    """Trajectories given observations."""
+    """Trajectories given observations.
+
+    ``coupled`` is True where the members are each other's covariance, as in ensemble Kalman methods: member m then depends
+    on the whole list of members, so on the size of the ensemble. Otherwise it depends on (seed, m) alone.
+    """
+
+    coupled: bool = False
 
     @abstractmethod
     def assimilate(
@@ -24,7 +30,7 @@ class Assimilator(ABC):
     ) -> Tensor:
         """Fields (B, T, C, H, W), in physical units, of the given members at ``times`` (T,) datetime64, equally spaced.
 
-        Member m depends on (seed, m) alone. No observation means the prior.
+        Member m depends on (seed, m) alone, unless the method is ``coupled``. No observation means the prior.
         """
 
 

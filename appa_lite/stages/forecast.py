@@ -28,8 +28,8 @@ def predict(cfg: DictConfig, initial: str | xr.Dataset, inputs: list[str]) -> xr
     """The forecast ensemble from an initial file or dataset; ``inputs`` are the files behind it."""
     if cfg.members is not None and cfg.members < 1:
         raise UserError(f"members={cfg.members} must be at least 1")
-    forecaster, checkpoint = competitor(cfg, Forecaster)
-    spec = checkpoint.spec
+    forecaster, setting = competitor(cfg, Forecaster)
+    spec = setting.spec
     frames = round(duration(cfg.lead, "lead") / spec.step)
     if frames < 1:
         raise UserError(f"lead={cfg.lead} is shorter than a frame of this model, {spec.step / 3600:g} hours")

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,28 +12,71 @@ import xarray as xr
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from appa_lite.config import build, resolve
+from appa_lite.config import build, options, resolve
 from appa_lite.core.errors import UserError
-from appa_lite.core.fields import FieldSpec
-from appa_lite.data.open import open_fields
+from appa_lite.core.fields import FieldSpec, to_seconds
+from appa_lite.data.open import open_fields, parse_date
 from appa_lite.diffusion.base import Sampler
 from appa_lite.forecasters.base import Assimilator, Forecaster
 from appa_lite.guidance.base import Guidance
 from appa_lite.models.checkpoint import Checkpoint
+from appa_lite.simulators.base import Simulator
 from appa_lite.stages.device import device
 
+BEGINNING = "2000-01-01"
 
-def competitor(cfg: DictConfig, kind: type[Assimilator] | type[Forecaster]) -> tuple[Assimilator | Forecaster, Checkpoint]:
-    """The forecaster or assimilator ``cfg.forecaster`` describes, on the prior in ``cfg.checkpoint``."""
+
+@dataclass(frozen=True)
+class Setting:
+    """What a competitor works on: the fields, the phase of their frames (seconds), and the trained prior if it has one."""
+
+    spec: FieldSpec
+    phase: float
+    checkpoint: Checkpoint | None
+
+
+def competitor(cfg: DictConfig, kind: type[Assimilator] | type[Forecaster]) -> tuple[Assimilator | Forecaster, Setting]:
+    """The forecaster or assimilator ``cfg.forecaster`` describes, on the prior in ``cfg.checkpoint`` or on ``cfg.simulator``.
+
+    Without a checkpoint, frames are in phase with ``cfg.start``, else with 2000-01-01, where ``simulate`` begins.
+    """
+    cls, _ = resolve(cfg.forecaster, kind)
+    wanted = inspect.signature(cls).parameters
+    given, checkpoint, simulator = {}, None, None
+    if "checkpoint" in wanted or cfg.checkpoint is not None:
+        checkpoint = _checkpoint(cfg, cls.__name__)
+        given |= {"checkpoint": checkpoint}
+    if "simulator" in wanted:
+        simulator = _simulator(cfg, cls.__name__, checkpoint)
+        given |= {"simulator": simulator}
+    if "guidance" in wanted:
+        given |= {"guidance": build(cfg.guidance, Guidance), "sampler": build(cfg.sampler, Sampler), "batch": cfg.batch}
+    if "device" in wanted:
+        given |= {"device": device(cfg.device)}
+    built = build(cfg.forecaster, kind, **{name: part for name, part in given.items() if name in wanted})
+    if checkpoint is not None:
+        return built, Setting(checkpoint.spec, checkpoint.settings.get("phase", 0.0), checkpoint)
+    began = to_seconds(np.array([parse_date(cfg.get("start") or BEGINNING, "start")]))[0]
+    return built, Setting(simulator.spec, float(began % simulator.spec.step), None)
+
+
+def _checkpoint(cfg: DictConfig, name: str) -> Checkpoint:
+    if cfg.checkpoint is None:
+        raise UserError(f"{name} needs checkpoint=...: directory of a trained prior")
     checkpoint = Checkpoint.load(cfg.checkpoint, device(cfg.device))
     if checkpoint.denoiser is None:
         raise UserError(f"'{cfg.checkpoint}' holds an autoencoder only: train the denoiser on it, and give that run's model directory")
-    cls, _ = resolve(cfg.forecaster, kind)
-    wanted = inspect.signature(cls).parameters
-    given = {"checkpoint": checkpoint}
-    if "guidance" in wanted:
-        given |= {"guidance": build(cfg.guidance, Guidance), "sampler": build(cfg.sampler, Sampler), "batch": cfg.batch}
-    return build(cfg.forecaster, kind, **given), checkpoint
+    return checkpoint
+
+
+def _simulator(cfg: DictConfig, name: str, checkpoint: Checkpoint | None) -> Simulator:
+    if cfg.get("simulator") is None:
+        raise UserError(f"{name} runs a simulator: give experiment=... or simulator=... (one of: {', '.join(options('simulator'))})")
+    simulator = build(cfg.simulator, Simulator)
+    if checkpoint is not None and (checkpoint.spec.shape, checkpoint.spec.step) != (simulator.spec.shape, simulator.spec.step):
+        sizes = [f"{s.channels} x {s.grid.shape[0]} x {s.grid.shape[1]} every {s.step:g} s" for s in (simulator.spec, checkpoint.spec)]
+        raise UserError(f"the simulator's fields are {sizes[0]}, those of '{cfg.checkpoint}' {sizes[1]}: leave checkpoint out")
+    return simulator
 
 
 def matching_fields(path: str | xr.Dataset, spec: FieldSpec, options: Mapping[str, Any] | None = None) -> xr.Dataset:

@@ -1,4 +1,4 @@
-"""What every competitor promises, on a small Gaussian prior: over all files of configs/forecaster."""
+"""What every competitor promises, on a small Gaussian prior or a small linear simulator: over all files of configs/forecaster."""
 
 import inspect
 
@@ -9,6 +9,7 @@ import torch
 
 from appa_lite.config import build, compose, options, resolve
 from appa_lite.core.fields import FieldSpec, Grid, Variable, to_datetime
+from appa_lite.core.random import Streams
 from appa_lite.diffusion.samplers import DPMSolverPP2M
 from appa_lite.forecasters.base import Assimilator, Forecaster
 from appa_lite.guidance.moment_matching import MomentMatching
@@ -17,6 +18,7 @@ from appa_lite.models.denoiser import LatentDenoiser
 from appa_lite.models.identity import IdentityAutoencoder
 from appa_lite.models.normalizer import Normalizer
 from appa_lite.observations import build_observation
+from appa_lite.simulators.base import Simulator
 
 CELLS, WINDOW, STEP, FRAMES = 8, 5, 3600.0, 7
 TIMES = to_datetime(STEP * np.arange(FRAMES))
@@ -32,8 +34,36 @@ def checkpoint() -> Checkpoint:
     return Checkpoint(spec, Normalizer(spec.shape), IdentityAutoencoder(spec.shape), denoiser.eval().requires_grad_(False), {})
 
 
+class Waves(Simulator):
+    """Waves that travel half a cell a frame: x <- C x with C orthogonal and circulant; a white start is the climate."""
+
+    def __init__(self, spec: FieldSpec):
+        self.spec = spec
+        phase = torch.exp(-1j * torch.pi * torch.fft.rfftfreq(CELLS))
+        self.matrix = torch.fft.irfft(torch.fft.rfft(torch.eye(CELLS)) * torch.where(phase.real > 1e-6, phase, 1), CELLS)
+
+    spinup_frames = 0
+
+    def initial(self, seed, members, device="cpu"):
+        return 3 * Streams(seed, members, "waves").normal((CELLS,)).to(device)
+
+    def advance(self, state, frame, seed, members):
+        return state @ self.matrix
+
+    def fields(self, state):
+        return state[:, None, None]
+
+    def budgets(self, state):
+        return {"energy": state.square().sum(1)}
+
+
+@pytest.fixture(scope="module")
+def simulator(checkpoint) -> Waves:
+    return Waves(checkpoint.spec)
+
+
 @pytest.fixture(params=options("forecaster"))
-def make(request, checkpoint):
+def make(request, checkpoint, simulator):
     """Builds the competitor as a given kind, or skips where it is of another."""
     entry = compose("reanalysis", ["size=debug", f"forecaster={request.param}"], partial=True).forecaster
 
@@ -42,8 +72,9 @@ def make(request, checkpoint):
         if not issubclass(cls, kind):
             pytest.skip(f"{cls.__name__} is no {kind.__name__}")
         parts = {"guidance": MomentMatching(), "sampler": DPMSolverPP2M(6, 50.0, 0.01), "batch": 2}
+        parts |= {"checkpoint": checkpoint, "simulator": simulator}
         wanted = inspect.signature(cls).parameters
-        return build(entry, kind, checkpoint=checkpoint, **{k: v for k, v in parts.items() if k in wanted})
+        return build(entry, kind, **{k: v for k, v in parts.items() if k in wanted})
 
     return build_as
 
@@ -55,8 +86,10 @@ def observation(checkpoint):
 
 
 def test_analyses_follow_precise_observations(make, observation):
-    fields = make(Assimilator).assimilate(observation, TIMES, range(4), seed=0)
-    assert fields.shape == (4, FRAMES, 1, 1, CELLS) and torch.isfinite(fields).all()
+    assimilator = make(Assimilator)
+    members = 16 if assimilator.coupled else 4  # more than there are observations, so that spread is left
+    fields = assimilator.assimilate(observation, TIMES, range(members), seed=0)
+    assert fields.shape == (members, FRAMES, 1, 1, CELLS) and torch.isfinite(fields).all()
     assert (observation.residual(fields).abs() < 0.1).all()
     assert fields[:, 0, 0, 0, 3].std() > 0.1  # nobody looked there: members differ
 
@@ -65,9 +98,13 @@ def test_analyses_follow_precise_observations(make, observation):
 def test_analyses_are_a_function_of_seed_and_member(make, observation, observed):
     y = observation if observed else None
     few = make(Assimilator).assimilate(y, TIMES, range(2), seed=3)
-    many = make(Assimilator).assimilate(y, TIMES, range(5), seed=3)
-    torch.testing.assert_close(many[:2], few, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(make(Assimilator).assimilate(y, TIMES, [4], seed=3)[0], many[4], rtol=1e-3, atol=1e-3)
+    if observed and make(Assimilator).coupled:  # members are each other's covariance: a function of the seed and all of them
+        assert torch.equal(make(Assimilator).assimilate(y, TIMES, range(2), seed=3), few)
+    else:
+        many = make(Assimilator).assimilate(y, TIMES, range(5), seed=3)
+        torch.testing.assert_close(many[:2], few, rtol=1e-3, atol=1e-3)
+        alone = [3, 4] if make(Assimilator).coupled else [4]
+        torch.testing.assert_close(make(Assimilator).assimilate(y, TIMES, alone, seed=3)[-1], many[4], rtol=1e-3, atol=1e-3)
     assert not torch.allclose(make(Assimilator).assimilate(y, TIMES, range(2), seed=4), few, atol=1e-2)
 
 
