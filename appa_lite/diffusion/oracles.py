@@ -144,8 +144,9 @@ class MixtureOracle(Oracle):
         return self._responsibilities(x.flatten(1) @ self.basis, self.values + sigma**2)
 
     def _responsibilities(self, a: Tensor, total: Tensor) -> Tensor:
-        distance = ((a[:, None] - self.places) ** 2 / total).sum(-1)
-        return torch.softmax(self.weights.log() - distance / 2, dim=1)
+        scale = total.rsqrt()
+        distance = torch.cdist(a * scale, self.places * scale, compute_mode="donot_use_mm_for_euclid_dist")
+        return torch.softmax(self.weights.log() - distance**2 / 2, dim=1)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         total = self.values + sigma.to(x) ** 2
