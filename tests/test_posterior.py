@@ -150,3 +150,36 @@ def test_estimated_covariance_of_a_known_process():
     assert torch.allclose(covariance.function(eye, lambda v: v)[:, 0].double(), spatial, atol=0.1 * float(spatial.diagonal().max()))
     ratio = covariance.autocovariance[:, 1] / covariance.autocovariance[:, 0]
     assert torch.allclose(ratio, torch.full((6,), 0.8), atol=0.05)
+
+
+def test_a_state_is_known_through_an_autoencoder_that_compresses_time():
+    """The derivative is that of the prediction, its adjoint the transpose, and the preconditioner the exact inverse."""
+    from appa_lite.forecasters.initial import KnownState
+    from appa_lite.forecasters.posterior import Period
+    from appa_lite.models.autoencoder import SpatiotemporalAutoencoder
+
+    torch.manual_seed(0)
+    spec = FieldSpec((Variable("u"),), Grid(("x",), (0.0,), tuple(map(float, range(CELLS))), (False, True)), STEP)
+    autoencoder = SpatiotemporalAutoencoder(spec.shape, (2, 1, 2), channels=2, width=8, depth=1, lap=3, periodic=(False, True))
+    denoiser = LatentDenoiser(autoencoder.latent_shape, 4, width=8, depth=1, heads=1, modes=CELLS, lags=8)
+    denoiser.covariance.basis.copy_(torch.linalg.qr(torch.randn(CELLS, CELLS))[0])
+    denoiser.covariance.autocovariance.copy_(0.8 ** torch.arange(8.0))
+    denoiser.covariance.remainder.zero_()
+    parts = (spec, Normalizer(spec.shape), autoencoder.double().eval(), denoiser.double().eval())
+    prior = Prior(
+        Checkpoint(*(p if isinstance(p, FieldSpec) else p.requires_grad_(False).double() for p in parts), {}),
+        Period(0.0, STEP, 4, 2, 0, 8),
+        0,
+        4,
+    )
+    known, covariance = KnownState(prior), ModeCovariance(prior)
+    z, a, w = (torch.randn(2, *shape, dtype=torch.float64) for shape in (prior.shape, (4, CELLS), (CELLS,)))
+    derivative = known.predict(z + covariance.expand(a)) - known.predict(z)
+    torch.testing.assert_close(known.forward(a), derivative, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((known.forward(a) * w).sum(), (a * known.adjoint(w)).sum())
+    sigma, variance = torch.tensor(0.7, dtype=torch.float64), torch.rand(CELLS, dtype=torch.float64) + 0.1
+    scaled = w * variance.rsqrt()
+    applied = w + known.forward(covariance.apply(known.adjoint(scaled), sigma)) * variance.rsqrt()
+    torch.testing.assert_close(known.preconditioner(covariance, sigma, variance)(applied), w, rtol=1e-4, atol=1e-5)
+    state = torch.randn(2, 1, 1, CELLS, dtype=torch.float64)
+    assert known.values(state).shape == (2, CELLS)

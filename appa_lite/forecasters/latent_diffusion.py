@@ -11,7 +11,8 @@ from appa_lite.core.fields import to_seconds
 from appa_lite.core.random import Streams
 from appa_lite.diffusion.base import NoiseSource, Sampler
 from appa_lite.forecasters.base import Assimilator, Forecaster, Progress, silent
-from appa_lite.forecasters.posterior import KnownFrames, ModeCovariance, Period, Prior, later
+from appa_lite.forecasters.initial import KnownFrames, KnownState
+from appa_lite.forecasters.posterior import ModeCovariance, Period, Prior, later
 from appa_lite.guidance.base import Guidance, LatentObservation, SolverReport, no_gradient
 from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.observations.base import Observation
@@ -34,6 +35,7 @@ class LatentDiffusion(Assimilator, Forecaster):
         self.checkpoint, self.guidance, self.sampler = checkpoint, guidance, sampler
         self.overlap, self.batch, self.known_error = overlap, batch, known_error
         self.report = SolverReport()
+        self.state_operator: KnownState | None = None  # its derivative takes a while, and is the same for all periods
 
     @property
     def stride(self) -> int:
@@ -58,14 +60,12 @@ class LatentDiffusion(Assimilator, Forecaster):
     def forecast(
         self, initial: Tensor, times: np.ndarray, frames: int, members: Sequence[int], seed: int, progress: Progress = silent
     ) -> Tensor:
-        """Rolled on by windows: the last known latent frames are observed, the rest is free. Needs at least one stride of frames."""
-        known = initial.shape[1] // self.stride
-        if known < 1:
-            raise UserError(
-                f"a forecast needs at least {self.stride} consecutive frames, found {initial.shape[1]}: give an analysis with its past"
-            )
+        """Rolled on by windows: the last known latent frames are observed, the rest is free.
+
+        Fewer frames than an autoencoder's stride count as one state, without a past.
+        """
         window = self.checkpoint.denoiser.config.frames
-        known = min(known, window // 2)
+        known = max(1, min(initial.shape[1] // self.stride, window // 2))
         history = initial[:, -known * self.stride :]
         end = float(to_seconds(times)[-1])
         parts = []
@@ -77,8 +77,10 @@ class LatentDiffusion(Assimilator, Forecaster):
                 start = clock - (known * self.stride - 1) * self.checkpoint.spec.step
                 period = Period(start, self.checkpoint.spec.step, window, self.stride, 0, window * self.stride)
                 prior = Prior(self.checkpoint, period, 0, self.batch)
-                latents = self._known_latents(rows, period, known) if latents is None else latents
-                observed = self._know(prior, latents, known)
+                if latents is None and rows.shape[1] < self.stride:
+                    observed = self._know_state(prior, rows[:, -1])
+                else:
+                    observed = self._know(prior, self._known_latents(rows, period, known) if latents is None else latents, known)
                 sample = self._sample(prior, observed, batch, seed, f"forecast {roll}", progress, begin, len(members))
                 new = torch.cat([prior.decode(z[None])[:, known * self.stride :] for z in sample])
                 done.append(new)
@@ -94,6 +96,14 @@ class LatentDiffusion(Assimilator, Forecaster):
     def _know(self, prior: Prior, latents: Tensor, known: int) -> LatentObservation:
         operator = KnownFrames(prior, list(range(known)))
         values = ((latents.flatten(2) - prior.model.mean) @ prior.model.covariance.basis).flatten(1)
+        return LatentObservation(operator, values, torch.full((values.shape[1],), self.known_error**2))
+
+    def _know_state(self, prior: Prior, state: Tensor) -> LatentObservation:
+        with torch.no_grad():
+            if self.state_operator is None:
+                self.state_operator = KnownState(prior)
+            operator = self.state_operator.over(prior)
+            values = operator.values(state)
         return LatentObservation(operator, values, torch.full((values.shape[1],), self.known_error**2))
 
     def _sample(

@@ -1,6 +1,5 @@
 """The pieces of a posterior over a period: frames, prior, covariance and observations in the modes of the latents."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,7 @@ from torch import Tensor
 from appa_lite.core.fields import to_seconds
 from appa_lite.diffusion.base import Denoiser
 from appa_lite.diffusion.windows import WindowLayout, compose_windows
-from appa_lite.guidance.base import LatentObservation, LatentOperator, LinearModes
+from appa_lite.guidance.base import LatentObservation
 from appa_lite.guidance.modes import DecodedCells, ModeResponses
 from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.observations.base import Observation, Stacked
@@ -120,6 +119,11 @@ class ModeCovariance:
         rows = torch.nn.functional.pad(vectors[:, middle : middle + frames], (0, 0, 0, max(0, frames - self.frames)))
         return torch.einsum("ktj,kj,ksj->kts", rows, values, rows)
 
+    def first(self, frames: int, sigma: Tensor) -> Tensor:
+        """C(sigma) of the first ``frames`` frames of the period, mode by mode: (K, frames, frames)."""
+        vectors, values = self._eigen(sigma)
+        return torch.einsum("ktj,kj,ksj->kts", vectors[:, :frames], values, vectors[:, :frames])
+
     def _eigen(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         vectors, values = self.model.covariance.eigen(self.frames)
         return vectors, values if self.prior_only else self.model.posterior_variance(sigma, self.frames)[0]
@@ -134,48 +138,6 @@ class ModeCovariance:
 
     def project(self, latents: Tensor) -> Tensor:
         return latents.flatten(2) @ self.model.covariance.basis
-
-
-class KnownFrames(LatentOperator, LinearModes):
-    """Components of some latent frames, observed directly: how a forecast knows its initial frames.
-
-    Args:
-        prior: over the period; frames: indices of the known latent frames.
-    """
-
-    def __init__(self, prior: Prior, frames: list[int]):
-        self.model, self.frames, self.total = prior.model, frames, prior.period.latent_frames
-
-    def predict(self, latents: Tensor) -> Tensor:
-        anomalies = latents[:, self.frames].flatten(2) - self.model.mean
-        return (anomalies @ self.model.covariance.basis).flatten(1)
-
-    def linearise(self, latents: Tensor) -> LinearModes:
-        return self
-
-    def forward(self, components: Tensor) -> Tensor:
-        return components[:, self.frames].flatten(1)
-
-    def adjoint(self, values: Tensor) -> Tensor:
-        out = values.new_zeros(values.shape[0], self.total, self.model.covariance.modes)
-        out[:, self.frames] = values.unflatten(1, (len(self.frames), -1))
-        return out
-
-    def preconditioner(self, covariance: ModeCovariance, sigma: Tensor, variance: Tensor) -> Callable[[Tensor], Tensor]:
-        """The exact inverse: modes are independent, so each has a small system over its known frames."""
-        count = len(self.frames)
-        vectors, values = covariance.model.covariance.eigen(self.total)
-        values = values if covariance.prior_only else self.model.posterior_variance(sigma, self.total)[0]
-        known = vectors[:, self.frames]
-        block = torch.einsum("ktj,kj,ksj->kts", known, values, known) / variance.reshape(count, -1).T[:, :, None]
-        factor = torch.linalg.cholesky(block.double() + torch.eye(count, dtype=torch.float64, device=block.device))
-
-        def apply(residual: Tensor) -> Tensor:
-            parts = residual.unflatten(1, (count, -1)).permute(2, 1, 0).double()
-            return torch.cholesky_solve(parts, factor).permute(2, 1, 0).flatten(1).to(residual)
-
-        return apply
-
 
 
 def later(observation: Observation, frames: int) -> Observation:
