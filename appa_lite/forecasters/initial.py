@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from appa_lite.core.covariance import SpaceTimeCovariance
+from appa_lite.diffusion.base import Denoiser
 from appa_lite.forecasters.posterior import ModeCovariance, Prior
 from appa_lite.guidance.base import LatentOperator, LinearModes
 
@@ -49,6 +51,25 @@ class KnownFrames(LatentOperator, LinearModes):
             return torch.cholesky_solve(parts, factor).permute(2, 1, 0).flatten(1).to(residual)
 
         return apply
+
+
+def pinned(denoiser: Denoiser, covariance: SpaceTimeCovariance, latents: Tensor) -> Denoiser:
+    """The denoiser given what the modes leave out of known first frames: there it is those frames' own.
+
+    Outside the modes the prior is white noise, independent of the rest, so that this conditions exactly.
+
+    Args:
+        latents: (B, known, Z, h, w), the known frames.
+    """
+    known = latents.shape[1]
+
+    def call(x: Tensor, sigma: Tensor) -> Tensor:
+        mean = denoiser(x, sigma)
+        missing = (latents - mean[:, :known]).flatten(2)
+        missing = missing - (missing @ covariance.basis) @ covariance.basis.T
+        return torch.cat([mean[:, :known] + missing.reshape(latents.shape), mean[:, known:]], dim=1)
+
+    return call
 
 
 class KnownState(LatentOperator, LinearModes):

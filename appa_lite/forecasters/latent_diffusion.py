@@ -9,9 +9,9 @@ from torch import Tensor
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import to_seconds
 from appa_lite.core.random import Streams
-from appa_lite.diffusion.base import NoiseSource, Sampler
+from appa_lite.diffusion.base import Denoiser, NoiseSource, Sampler
 from appa_lite.forecasters.base import Assimilator, Forecaster, Progress, silent
-from appa_lite.forecasters.initial import KnownFrames, KnownState
+from appa_lite.forecasters.initial import KnownFrames, KnownState, pinned
 from appa_lite.forecasters.posterior import ModeCovariance, Period, Prior, later
 from appa_lite.guidance.base import Guidance, LatentObservation, SolverReport, no_gradient
 from appa_lite.models.checkpoint import Checkpoint
@@ -53,7 +53,7 @@ class LatentDiffusion(Assimilator, Forecaster):
         parts = []
         for begin in range(0, len(members), self.batch):
             batch = list(members[begin : begin + self.batch])
-            latents = self._sample(prior, latent, batch, seed, "reanalysis", progress, begin, len(members))
+            latents = self._sample(prior, prior.denoiser(), latent, batch, seed, "reanalysis", progress, begin, len(members))
             parts.append(torch.cat([prior.period.cut(prior.decode(z[None])) for z in latents]))
         return torch.cat(parts)
 
@@ -77,11 +77,13 @@ class LatentDiffusion(Assimilator, Forecaster):
                 start = clock - (known * self.stride - 1) * self.checkpoint.spec.step
                 period = Period(start, self.checkpoint.spec.step, window, self.stride, 0, window * self.stride)
                 prior = Prior(self.checkpoint, period, 0, self.batch)
+                denoiser = prior.denoiser()
                 if latents is None and rows.shape[1] < self.stride:
                     observed = self._know_state(prior, rows[:, -1])
                 else:
-                    observed = self._know(prior, self._known_latents(rows, period, known) if latents is None else latents, known)
-                sample = self._sample(prior, observed, batch, seed, f"forecast {roll}", progress, begin, len(members))
+                    latents = self._known_latents(rows, period, known) if latents is None else latents
+                    denoiser, observed = pinned(denoiser, prior.model.covariance, latents), self._know(prior, latents, known)
+                sample = self._sample(prior, denoiser, observed, batch, seed, f"forecast {roll}", progress, begin, len(members))
                 new = torch.cat([prior.decode(z[None])[:, known * self.stride :] for z in sample])
                 done.append(new)
                 latents, clock, roll = sample[:, -known:], clock + new.shape[1] * self.checkpoint.spec.step, roll + 1
@@ -109,6 +111,7 @@ class LatentDiffusion(Assimilator, Forecaster):
     def _sample(
         self,
         prior: Prior,
+        denoiser: Denoiser,
         latent: LatentObservation | None,
         members: list[int],
         seed: int,
@@ -117,7 +120,6 @@ class LatentDiffusion(Assimilator, Forecaster):
         begin: int,
         total: int,
     ) -> Tensor:
-        denoiser = prior.denoiser()
         if latent is not None:
             if latent.values.ndim == 1:
                 latent = LatentObservation(latent.operator, latent.values.expand(len(members), -1), latent.variance)
