@@ -118,9 +118,20 @@ def test_a_stall_falls_back_to_gmres(problem):
     _, b = problem
     skew = torch.randn(24, 24, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     matrix = torch.eye(24, dtype=torch.float64) + 3 * (skew - skew.T)
-    solution = conjugate_gradients(lambda v: v @ matrix, b, tolerance=1e-9, patience=10)
+    solution = conjugate_gradients(lambda v: v @ matrix, b, tolerance=1e-9)
     assert (solution.stop == Stop.STALLED).all() and (solution.residual <= 1e-9).all()
     torch.testing.assert_close(solution.x, torch.linalg.solve(matrix.T, b.T).T, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("most", [0, *range(2, 12)])  # one alone does not show what A is like
+def test_few_iterations_do_no_harm(crooked, problem, most):
+    """However they end, the solution is no worse than none, and what is told of it is true."""
+    _, b = problem
+    skew = torch.randn(24, 24, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    for matrix in (crooked, torch.eye(24, dtype=torch.float64) + 3 * (skew - skew.T)):
+        solution = conjugate_gradients(lambda v, matrix=matrix: v @ matrix, b, tolerance=1e-9, max_iterations=most)
+        assert (solution.residual <= 1).all() and (solution.spent == most).all()
+        torch.testing.assert_close(solution.residual, (b - solution.x @ matrix).norm(dim=-1) / b.norm(dim=-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

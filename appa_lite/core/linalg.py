@@ -85,23 +85,23 @@ def conjugate_gradients(
     tolerance: float = 1e-2,
     max_iterations: int = 200,
     precondition: Callable[[Tensor], Tensor] | None = None,
-    patience: int = 30,
+    patience: int = 5,
     restart: int = 25,
 ) -> Solution:
     """Solve A x = b for A that should be symmetric positive definite (Hestenes and Stiefel 1952), all members at once.
 
-    Members that have converged stand still. A member that meets negative curvature (p^T A p <= 0), or that stalls (its
-    residual has not fallen by a tenth in ``patience`` iterations, and a residual was not orthogonal to the one before,
-    as it is for symmetric A), goes back to its best iterate and on from there with GMRES, on what is left of its
-    iterations: symmetric positive definite systems never need it, those made of a learned Jacobian do. Nothing is
-    raised; the residual tells whether the solution is good.
+    Members that have converged stand still. A member that meets negative curvature (p^T A p <= 0), or that stalls, goes
+    back to its best iterate and on from there with GMRES, on what is left of its iterations. Stalled is who has found A
+    asymmetric, by a residual that is not orthogonal to the one before, and whose residual has not fallen by a tenth in
+    ``patience`` iterations or doubled: symmetric positive definite systems never are, those made of a learned Jacobian
+    are. Nothing is raised; the residual tells whether the solution is good.
 
     Args:
         matvec: A, or A and F (see above); b: right-hand sides (B, M); start: first guess (B, M), ignored where zero is better.
         tolerance: of the relative residual |b - A x| / |b|, measured without the preconditioner.
         max_iterations: products with A, beyond the one that a start costs.
         precondition: applies a symmetric positive definite approximation of the inverse of A.
-        patience: iterations without progress that count as a stall; restart: of GMRES.
+        patience: iterations without progress that count as a stall where A is asymmetric; restart: of GMRES.
     """
     precondition = precondition or (lambda r: r)
     norm = b.norm(dim=-1).clamp(min=torch.finfo(b.dtype).tiny)
@@ -128,7 +128,8 @@ def conjugate_gradients(
         overlap, z = (now.r * z).sum(-1).abs(), precondition(now.r)
         after = (now.r * z).sum(-1)
         crooked = torch.maximum(crooked, _where(active, overlap, (rho * after).abs().sqrt()))
-        stalled = active & ((idle >= patience) & (crooked > CROOKED) | ~torch.isfinite(residual))
+        lost = (idle >= patience) | (residual > 2 * lowest) | (spent >= max_iterations)
+        stalled = active & (residual > tolerance) & (lost & (crooked > CROOKED) | ~torch.isfinite(residual))
         stop[stalled] = Stop.STALLED
         active = active & ~stalled & (residual > tolerance)
         p, rho = torch.where(active[:, None], z + _where(active, after, rho)[:, None] * p, p), torch.where(active, after, rho)
