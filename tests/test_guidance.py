@@ -167,7 +167,7 @@ METHODS = {
     "moment_matching": MomentMatching(),
     "moment_matching without products": MomentMatching(jacobian=False),
     "mmps": MMPS(),
-    "mmps without covariance": MMPS(precondition=False, tolerance=0.01),
+    "mmps without covariance": MMPS(precondition=False, tolerance=0.01, max_iterations=50),
 }
 
 
@@ -321,7 +321,7 @@ def broken(prior, plain) -> Problem:
 
 @pytest.mark.parametrize("solver", ["cg", "gmres"])
 def test_an_indefinite_jacobian_is_solved_all_the_same(broken, solver):
-    guided, report = broken.guided(MMPS(solver, tolerance=1e-8, precondition=False), 3)
+    guided, report = broken.guided(MMPS(solver, tolerance=1e-8, max_iterations=50, precondition=False), 3)
     x, sigma = 2 * normal(3, 1, SIZE, 1, 1, name="x"), torch.tensor(2.0, dtype=torch.float64)
     got = guided(x, sigma)
     eye = torch.eye(SIZE, dtype=torch.float64).reshape(SIZE, 1, SIZE, 1, 1)
@@ -369,7 +369,7 @@ def test_products_through_windows_computed_again(plain):
     results = []
     for batch in (3, 100):
         composed = compose_windows(correction, lambda x, sigma: x / (1 + sigma**2), layout, batch)
-        guided = MMPS(tolerance=1e-9, precondition=False)(
+        guided = MMPS(tolerance=1e-9, max_iterations=50, precondition=False)(
             composed, observation, Whole(plain.prior.vectors, plain.prior.values), SolverReport()
         )
         results.append(guided(x, sigma))

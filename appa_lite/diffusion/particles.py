@@ -21,10 +21,15 @@ class TwistedSMC(Sampler):
 
         w_{i+1} = w_i p(x_{i+1} | x_i) p~(y | x_{i+1}) / [q(x_{i+1} | x_i, y) p~(y | x_i)]
 
-    with p and q the Gaussian steps of SDE-DPM-Solver++(2M) under D(x_t) and E[x | x_t, y]. Where the prior is Gaussian
-    all weights stay nearly equal; where it is not, they tell the modes' masses, which the guided denoiser alone gets
-    wrong. Exact as the island grows, for any guidance with a twist. Wu et al. 2023, 'Practical and asymptotically exact
-    conditional sampling in diffusion models', algorithm 1.
+    with p and q the Gaussian steps of SDE-DPM-Solver++(2M) under D(x_t) and E[x | x_t, y]. The weights tell the modes'
+    masses, which a guided denoiser gets wrong where the posterior has several. Exact as islands and steps grow, for any
+    guidance with a twist. Wu et al. 2023, 'Practical and asymptotically exact conditional sampling in diffusion
+    models', algorithm 1.
+
+    It is for posteriors of several modes seen through few values. In many dimensions the weights degenerate even where
+    the guided denoiser is exact, the more the fewer the steps: an island is left with the descendants of a few members,
+    or, of a learned denoiser, of one, which shows in a spread far too small. sigma_max is to be well above the largest
+    standard deviation of the prior, or the modes start with wrong masses.
 
     Members compete in islands of consecutive ones and depend on their island alone. Each step takes one more draw of
     noise than a plain sampler: the normal probability Phi(n) of its first number is the uniform that resampling needs

@@ -40,7 +40,7 @@ class MMPS(Correction):
         self,
         solver: str = "cg",
         tolerance: float = 0.03,
-        max_iterations: int = 50,
+        max_iterations: int = 16,
         warm: bool = True,
         whiten: bool = True,
         precondition: bool = True,
