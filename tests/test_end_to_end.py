@@ -106,9 +106,7 @@ def test_layout_of_a_ring(ring):
 def test_layout_of_the_ocean(ocean):
     analysis, forecast = load(ocean / "reanalysis.nc"), load(ocean / "forecast.zarr")
     check_layout(analysis, ("time", "number", "y", "x"), 0, "reanalysis", {"observations.nc": ocean / "observations.nc"})
-    check_layout(
-        forecast, ("time", "prediction_timedelta", "number", "y", "x"), 0, "forecast", {"reanalysis.nc": ocean / "reanalysis.nc"}
-    )
+    check_layout(forecast, ("time", "prediction_timedelta", "number", "y", "x"), 0, "forecast", {"reanalysis.nc": ocean / "reanalysis.nc"})
     assert {"eta1", "u1", "v1", "eta2", "u2", "v2", "ssh"} <= set(analysis.data_vars)
     assert forecast.sizes == {"time": 1, "prediction_timedelta": 7, "number": 2, "y": 64, "x": 64}
     truth = load(ocean / "truth.zarr")
