@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes checkpoints/ocean again, from nothing: about 3 hours of two CPU cores. Argument: a directory to work in (runs/ocean).
+# Makes checkpoints/ocean again, from nothing: about 2.5 hours of two CPU cores. Argument: a directory to work in (runs/ocean).
 source "$(dirname "$0")/setup.sh"
 work=${1:-runs/ocean}
 appa-lite simulate experiment=ocean out="$work/train.zarr" trajectories=24 frames=750 seed=1

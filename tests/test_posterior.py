@@ -183,3 +183,19 @@ def test_a_state_is_known_through_an_autoencoder_that_compresses_time():
     torch.testing.assert_close(known.preconditioner(covariance, sigma, variance)(applied), w, rtol=1e-4, atol=1e-5)
     state = torch.randn(2, 1, 1, CELLS, dtype=torch.float64)
     assert known.values(state).shape == (2, CELLS)
+
+
+def test_what_the_modes_leave_out_of_known_frames_is_pinned():
+    """Within the modes the denoiser speaks, outside them the known frames do, and later frames are as they were."""
+    from appa_lite.core.covariance import SpaceTimeCovariance
+    from appa_lite.forecasters.initial import pinned
+
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(CELLS, 5, dtype=torch.float64))[0]
+    covariance = SpaceTimeCovariance(basis, torch.ones(5, 3, dtype=torch.float64), torch.ones((), dtype=torch.float64))
+    mean, known = torch.randn(2, 6, 1, 1, CELLS, dtype=torch.float64), torch.randn(2, 3, 1, 1, CELLS, dtype=torch.float64)
+    out = pinned(lambda x, sigma: mean, covariance, known)(mean, torch.ones(()))
+    assert torch.equal(out[:, 3:], mean[:, 3:])
+    torch.testing.assert_close(out[:, :3] @ basis, mean[:, :3] @ basis)
+    outside = torch.eye(CELLS, dtype=torch.float64) - basis @ basis.T
+    torch.testing.assert_close(out[:, :3] @ outside, known @ outside)

@@ -19,6 +19,8 @@ class KnownFrames(LatentOperator, LinearModes):
         prior: over the period; frames: indices of the known latent frames.
     """
 
+    linear = True
+
     def __init__(self, prior: Prior, frames: list[int]):
         self.model, self.frames, self.total = prior.model, frames, prior.period.latent_frames
 
