@@ -23,7 +23,7 @@ MAY_IMPORT |= {"api": {"stages", "config", "core", "models", "observations"}, "_
 
 #: modules that the leaves of a room may import beside ``base``; a leaf is any other module
 HELPERS = {
-    "simulators": {"stepping", "rings"},
+    "simulators": {"random_fields", "rings", "stepping"},
     "observations": {"build", "cells", "discrete", "network", "options", "points", "rows", "table", "tracks", "units"},
     "diffusion": {"schedule"},
     "guidance": {"gaussian", "modes"},
