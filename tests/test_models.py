@@ -281,7 +281,7 @@ def test_the_residual_scale_is_a_trace(modes):
 def test_the_posterior_variance_of_a_gaussian():
     model = denoiser(noise_levels=(0.1, 1.0, 10.0))
     dense = install(model)
-    vectors, _ = model.covariance.eigen(FRAMES)
+    vectors = model.covariance.temporal(FRAMES).vectors
     for sigma in (0.03, 0.5, 40.0):
         exact = dense - dense @ torch.linalg.inv(dense + sigma**2 * torch.eye(len(dense), dtype=torch.float64)) @ dense
         values, rest = model.posterior_variance(torch.tensor(sigma), FRAMES)

@@ -4,7 +4,7 @@
 
 with E the empirical orthogonal functions in space (D x K, orthonormal), c_k the temporal autocovariance of the
 k-th principal component, and nu the mean variance of what the K functions leave. Each Toeplitz matrix is diagonalised
-exactly for the number of frames asked for, so that any function of C costs two projections:
+for the number of frames asked for (see ``temporal``), so that any function of C costs two projections:
 f(C) = E U f(lambda) U^T E^T + f(nu) (I - E E^T). Lagged correlations *between* components are neglected.
 
 Source: principal components with stationary time series, e.g. von Storch and Zwiers (1999), ch. 13.
@@ -14,6 +14,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from appa_lite.core.temporal import DenseModes, RingModes, TemporalModes
+
+RING = 3  #: stretches longer than so many times the lags are taken as rings
 
 
 class SpaceTimeCovariance(nn.Module):
@@ -30,44 +34,50 @@ class SpaceTimeCovariance(nn.Module):
         self.register_buffer("basis", basis)
         self.register_buffer("autocovariance", autocovariance)
         self.register_buffer("remainder", remainder)
-        self._eigen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._temporal: dict[int, TemporalModes] = {}
 
     @property
     def modes(self) -> int:
         return self.basis.shape[1]
 
-    def eigen(self, frames: int) -> tuple[Tensor, Tensor]:
-        """Eigenvectors U (K, T, T) and eigenvalues lambda (K, T), descending, of the K Toeplitz matrices."""
-        cached = self._eigen.get(frames)
-        if cached is None or cached[0].device != self.basis.device:
+    def seam(self, frames: int) -> int:
+        """Frames to add to a stretch of so many, so that its ends are not neighbours: see ``temporal``."""
+        lags = self.autocovariance.shape[1]
+        return lags if frames > RING * lags else 0
+
+    def temporal(self, frames: int) -> TemporalModes:
+        """The temporal eigenvectors and eigenvalues of the K series.
+
+        More than ``RING`` times the lags are frames of a ring, whose memory and time grow as the length: a stretch of T
+        frames is then to be taken as part of T + ``seam(T)``.
+        """
+        cached = self._temporal.get(frames)
+        if cached is None or cached.values.device != self.basis.device:
             lags = min(self.autocovariance.shape[1], frames)
-            c = torch.zeros(self.modes, frames, dtype=torch.float64, device=self.basis.device)
-            c[:, :lags] = self.autocovariance[:, :lags].double()
+            c = self.autocovariance[:, :lags].double()
             if frames > lags:  # the taper that keeps the extended sequence close to positive definite
-                c[:, :lags] *= torch.cos(torch.linspace(0, torch.pi / 2, lags + 1, dtype=torch.float64, device=c.device)[:-1]) ** 2
-            index = (torch.arange(frames)[:, None] - torch.arange(frames)[None, :]).abs().to(c.device)
-            values, vectors = torch.linalg.eigh(c[:, index])
-            floor = 1e-6 * c[:, :1]
-            values = torch.maximum(values, floor).flip(-1)
+                c = c * torch.cos(torch.linspace(0, torch.pi / 2, lags + 1, dtype=torch.float64, device=c.device)[:-1]) ** 2
             dtype = self.basis.dtype
-            cached = vectors.flip(-1).to(dtype).contiguous(), values.to(dtype)
-            self._eigen[frames] = cached
+            ring = frames > RING * lags
+            cached = RingModes(c, frames, dtype) if ring else DenseModes(nn.functional.pad(c, (0, frames - lags)), dtype)
+            self._temporal[frames] = cached
         return cached
+
+    def clear(self) -> None:
+        """Forget the eigenvectors, after a change of the buffers."""
+        self._temporal.clear()
 
     def project(self, x: Tensor) -> Tensor:
         """Coordinates U^T E^T x in the eigenbasis: (B, T, D) to (B, K, T)."""
-        vectors, _ = self.eigen(x.shape[1])
-        components = x @ self.basis
-        return torch.einsum("kts,btk->bks", vectors, components)
+        return self.temporal(x.shape[1]).forward(x @ self.basis)
 
     def expand(self, coordinates: Tensor) -> Tensor:
         """E U a: (B, K, T) to (B, T, D)."""
-        vectors, _ = self.eigen(coordinates.shape[-1])
-        return torch.einsum("kts,bks->btk", vectors, coordinates) @ self.basis.T
+        return self.temporal(coordinates.shape[-1]).inverse(coordinates) @ self.basis.T
 
     def function(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
         """f(C) x for fields x (B, T, D); f acts on eigenvalues elementwise and may return one row a member: (B, 1, 1) or (B, K, T)."""
-        _, values = self.eigen(x.shape[1])
+        values = self.temporal(x.shape[1]).values
         coordinates = self.project(x)
         gains, rest = f(values), f(self.remainder)
         if not self.has_remainder:
@@ -80,7 +90,7 @@ class SpaceTimeCovariance(nn.Module):
 
     def spectrum(self, frames: int) -> Tensor:
         """All eigenvalues, those of the remainder as one number repeated: (T * D,)."""
-        _, values = self.eigen(frames)
+        values = self.temporal(frames).values
         rest = self.remainder.expand(frames * (self.basis.shape[0] - self.modes))
         return torch.cat([values.flatten(), rest])
 

@@ -38,7 +38,7 @@ class Innovations:
         self, checkpoint: Checkpoint, observation: Observation, times: np.ndarray, rows: Tensor, tolerance: float = 1e-3,
         max_iterations: int = 500,
     ):  # fmt: skip
-        period = Period.around(times, checkpoint.spec.step, checkpoint.autoencoder.stride[0], checkpoint.denoiser.config.frames)
+        period = Period.around(times, checkpoint)
         prior = Prior(checkpoint, period, 0, 1)
         self.covariance = ModeCovariance(prior, prior_only=True)
         self.rows, self.tolerance, self.max_iterations = rows, tolerance, max_iterations

@@ -42,10 +42,7 @@ class KnownFrames(LatentOperator, LinearModes):
     def preconditioner(self, covariance: ModeCovariance, sigma: Tensor, variance: Tensor) -> Callable[[Tensor], Tensor]:
         """The exact inverse: modes are independent, so each has a small system over its known frames."""
         count = len(self.frames)
-        vectors, values = covariance.model.covariance.eigen(self.total)
-        values = values if covariance.prior_only else self.model.posterior_variance(sigma, self.total)[0]
-        known = vectors[:, self.frames]
-        block = torch.einsum("ktj,kj,ksj->kts", known, values, known) / variance.reshape(count, -1).T[:, :, None]
+        block = covariance.first(count, sigma) / variance.reshape(count, -1).T[:, :, None]
         factor = torch.linalg.cholesky(block.double() + torch.eye(count, dtype=torch.float64, device=block.device))
 
         def apply(residual: Tensor) -> Tensor:

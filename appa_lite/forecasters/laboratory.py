@@ -11,6 +11,7 @@ from torch import Tensor
 from appa_lite.core.covariance import SpaceTimeCovariance
 from appa_lite.core.errors import UserError
 from appa_lite.core.random import Streams
+from appa_lite.core.temporal import TemporalModes
 from appa_lite.diffusion.base import Sampler
 from appa_lite.diffusion.oracles import GaussianOracle, MixtureOracle, Oracle
 from appa_lite.forecasters.designs import cells, errors, projection
@@ -31,20 +32,20 @@ class Climatology:
     def __init__(self, covariance: SpaceTimeCovariance, latent_shape: tuple[int, ...], frames: int):
         self.covariance, self.latent_shape, self.frames = covariance, latent_shape, frames
 
-    def _eigen(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        vectors, values = self.covariance.eigen(self.frames)
-        noise = sigma.to(values) ** 2
-        return vectors, values * noise / (values + noise)
+    def _eigen(self, sigma: Tensor) -> tuple[TemporalModes, Tensor]:
+        modes = self.covariance.temporal(self.frames)
+        noise = sigma.to(modes.values) ** 2
+        return modes, modes.values * noise / (modes.values + noise)
 
     def apply(self, components: Tensor, sigma: Tensor) -> Tensor:
-        vectors, values = self._eigen(sigma)
-        return torch.einsum("kts,bks->btk", vectors, torch.einsum("kts,btk->bks", vectors, components) * values)
+        modes, values = self._eigen(sigma)
+        return modes.inverse(modes.forward(components) * values)
 
     def local(self, frames: int, sigma: Tensor) -> Tensor:
-        vectors, values = self._eigen(sigma)
-        middle = max(0, (self.frames - frames) // 2)
-        rows = torch.nn.functional.pad(vectors[:, middle : middle + frames], (0, 0, 0, max(0, frames - self.frames)))
-        return torch.einsum("ktj,kj,ksj->kts", rows, values, rows)
+        modes, values = self._eigen(sigma)
+        count = min(frames, self.frames)
+        block = modes.block(values, (self.frames - count) // 2, count)
+        return torch.nn.functional.pad(block, (0, frames - count, 0, frames - count))
 
     def expand(self, components: Tensor) -> Tensor:
         return (components @ self.covariance.basis.T).unflatten(-1, self.latent_shape)

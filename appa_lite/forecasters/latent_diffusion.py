@@ -43,7 +43,7 @@ class LatentDiffusion(Assimilator, Forecaster):
 
     def period(self, times: np.ndarray) -> Period:
         """The stretch that is sampled for frames at ``times``."""
-        return Period.around(times, self.checkpoint.spec.step, self.stride, self.checkpoint.denoiser.config.frames)
+        return Period.around(times, self.checkpoint)
 
     def assimilate(
         self, observation: Observation | None, times: np.ndarray, members: Sequence[int], seed: int, progress: Progress = silent

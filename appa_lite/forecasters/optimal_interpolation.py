@@ -36,8 +36,8 @@ class OptimalInterpolation(Assimilator):
     def assimilate(
         self, observation: Observation | None, times: np.ndarray, members: Sequence[int], seed: int, progress: Progress = silent
     ) -> Tensor:
-        model, stride = self.checkpoint.denoiser, self.checkpoint.autoencoder.stride[0]
-        period = Period.around(times, self.checkpoint.spec.step, stride, model.config.frames)
+        model = self.checkpoint.denoiser
+        period = Period.around(times, self.checkpoint)
         prior = Prior(self.checkpoint, period, 0, 1)
         covariance = ModeCovariance(prior, prior_only=True)
         streams = Streams(seed, members, "optimal_interpolation")

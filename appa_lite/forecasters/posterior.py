@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from appa_lite.core.fields import to_seconds
+from appa_lite.core.temporal import TemporalModes
 from appa_lite.diffusion.base import Denoiser
 from appa_lite.diffusion.windows import WindowLayout, compose_windows
 from appa_lite.guidance.base import LatentObservation
@@ -20,7 +21,8 @@ class Period:
     """The frames asked for, inside the longer stretch that is sampled.
 
     The stretch has a margin of one latent frame on each side (the ends of a window are known less well, and a lapped
-    decoder reaches across), is a whole number of latent frames and at least as long as a training window.
+    decoder reaches across), is a whole number of latent frames and at least as long as a training window. A long one goes
+    on by as many frames as the climatological covariance has lags, where its time axis closes on itself.
     """
 
     first: float  #: time of the first sampled frame, seconds since 1970
@@ -31,9 +33,11 @@ class Period:
     frames: int  #: frames asked for
 
     @classmethod
-    def around(cls, times: np.ndarray, step: float, stride: int, window: int, margin: int = 1) -> "Period":
+    def around(cls, times: np.ndarray, checkpoint: Checkpoint, margin: int = 1) -> "Period":
+        stride, step, model = checkpoint.autoencoder.stride[0], checkpoint.spec.step, checkpoint.denoiser
         before = margin * stride
-        latent = max(-(-(len(times) + before) // stride) + margin, window)
+        latent = max(-(-(len(times) + before) // stride) + margin, model.config.frames)
+        latent += model.covariance.seam(latent)
         return cls(float(to_seconds(times)[0]) - before * step, step, latent, stride, before, len(times))
 
     @property
@@ -114,24 +118,23 @@ class ModeCovariance:
         self.prior_only = prior_only
 
     def local(self, frames: int, sigma: Tensor) -> Tensor:
-        vectors, values = self._eigen(sigma)
-        middle = max(0, (self.frames - frames) // 2)
-        rows = torch.nn.functional.pad(vectors[:, middle : middle + frames], (0, 0, 0, max(0, frames - self.frames)))
-        return torch.einsum("ktj,kj,ksj->kts", rows, values, rows)
+        modes, values = self._eigen(sigma)
+        count = min(frames, self.frames)
+        block = modes.block(values, (self.frames - count) // 2, count)
+        return torch.nn.functional.pad(block, (0, frames - count, 0, frames - count))
 
     def first(self, frames: int, sigma: Tensor) -> Tensor:
         """C(sigma) of the first ``frames`` frames of the period, mode by mode: (K, frames, frames)."""
-        vectors, values = self._eigen(sigma)
-        return torch.einsum("ktj,kj,ksj->kts", vectors[:, :frames], values, vectors[:, :frames])
+        modes, values = self._eigen(sigma)
+        return modes.block(values, 0, frames)
 
-    def _eigen(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        vectors, values = self.model.covariance.eigen(self.frames)
-        return vectors, values if self.prior_only else self.model.posterior_variance(sigma, self.frames)[0]
+    def _eigen(self, sigma: Tensor) -> tuple[TemporalModes, Tensor]:
+        modes = self.model.covariance.temporal(self.frames)
+        return modes, modes.values if self.prior_only else self.model.posterior_variance(sigma, self.frames)[0]
 
     def apply(self, components: Tensor, sigma: Tensor) -> Tensor:
-        vectors, values = self._eigen(sigma)
-        rotated = torch.einsum("kts,btk->bks", vectors, components) * values
-        return torch.einsum("kts,bks->btk", vectors, rotated)
+        modes, values = self._eigen(sigma)
+        return modes.inverse(modes.forward(components) * values)
 
     def expand(self, components: Tensor) -> Tensor:
         return (components @ self.model.covariance.basis.T).unflatten(-1, self.latent_shape)

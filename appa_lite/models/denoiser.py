@@ -90,7 +90,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
     def residual_scale(self, sigma: Tensor, frames: int) -> Tensor:
         """c_out for noise levels (B,)."""
         variance = sigma.reshape(-1, 1).to(self.mean) ** 2
-        _, values = self.covariance.eigen(frames)
+        values = self.covariance.temporal(frames).values
         values = values.reshape(1, -1)
         rest = self.covariance.basis.shape[0] - self.covariance.modes
         total = (values * variance / (values + variance)).sum(1) + frames * rest * (
@@ -139,7 +139,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
         lags = covariance.autocovariance.shape[1]
         self.covariance.autocovariance[:, :lags].copy_(covariance.autocovariance)
         self.covariance.remainder.copy_(covariance.remainder)
-        self.covariance._eigen.clear()
+        self.covariance.clear()
 
     def posterior_variance(self, sigma: Tensor, frames: int) -> tuple[Tensor, Tensor]:
         """Eigenvalues (K, T) and remainder of the measured covariance of z - D(z_t) in the eigenbasis of C.
@@ -147,7 +147,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
         It is r lambda sigma^2 / (lambda + sigma^2), with the ratio r measured on windows never trained on, interpolated
         in log sigma and in the relative index of the temporal eigenvectors. r = 1 where the law is Gaussian.
         """
-        _, values = self.covariance.eigen(frames)
+        values = self.covariance.temporal(frames).values
         variance = sigma.to(self.mean) ** 2
         ratio, rest = self._ratio(sigma)
         if frames != ratio.shape[1]:

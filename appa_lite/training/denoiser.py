@@ -98,7 +98,7 @@ def measure_residuals(model: LatentDenoiser, windows: LatentWindows, most: int =
     z = torch.stack([item["latents"] for item in items])
     forcing = torch.stack([item["forcing"] for item in items]) if "forcing" in items[0] else None
     covariance, frames = model.covariance, z.shape[1]
-    _, values = covariance.eigen(frames)
+    values = covariance.temporal(frames).values
     noise = torch.randn(z.shape, generator=draw)
     for i, level in enumerate(model.config.noise_levels):
         sigma = torch.tensor(level)
