@@ -28,9 +28,9 @@ HELPERS = {
     "diffusion": {"schedule"},
     "guidance": {"gaussian", "modes"},
     "models": {"normalizer"},
-    "training": {"checkpoints", "ema", "logs", "schedule"},
+    "training": {"checkpoints", "data", "ema", "logs", "schedule"},
     "forecasters": {"designs", "ensemble", "initial", "localisation", "posterior"},
-    "stages": {"assimilation", "device", "prior"},
+    "stages": {"assimilation", "device", "parallel", "prior"},
 }
 #: modules whose trade is to know the leaves: they read what is saved or tabulated and find its class, or chain commands
 ASSEMBLERS = {"observations": {"build"}, "models": {"checkpoint"}, "stages": {"quickstart", "tune"}}
