@@ -109,6 +109,11 @@ def variance(forecast: xr.DataArray) -> xr.DataArray:
     return xr.full_like(center(forecast), np.nan, dtype=np.float64)
 
 
+def ensemble_valid(forecast: xr.DataArray) -> xr.DataArray:
+    """Where every member, or moment, has a value."""
+    return np.isfinite(forecast).all([d for d in (NUMBER, MOMENT) if d in forecast.dims])
+
+
 def members(forecast: xr.DataArray) -> float:
     """The ensemble's size; infinite for a Gaussian, one for a single state."""
     return float("inf") if MOMENT in forecast.dims else forecast.sizes.get(NUMBER, 1)

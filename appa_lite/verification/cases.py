@@ -99,7 +99,12 @@ def gather(array: xr.DataArray, cases: Cases) -> xr.DataArray:
 
 
 def truth_at(truth: xr.DataArray, cases: Cases) -> xr.DataArray:
-    """The truth (case, grid) at the valid times of cases, with the cases' coordinates; NaN where it has no such time."""
+    """The truth (case, grid) at the valid times of cases, with the cases' coordinates; NaN where it has no such time.
+
+    A truth with leads of its own is read at the cases themselves.
+    """
+    if "prediction_timedelta" in truth.dims:
+        return gather(truth, cases).assign_coords(cases.coords())
     rows = pd.DatetimeIndex(truth["time"].values).get_indexer(pd.DatetimeIndex(cases.valid))
     out = truth.isel(time=np.maximum(rows, 0)).drop_vars("time").rename(time="case").transpose("case", ...)
     return out.where(xr.DataArray(rows >= 0, dims="case")).assign_coords(cases.coords())
@@ -107,7 +112,8 @@ def truth_at(truth: xr.DataArray, cases: Cases) -> xr.DataArray:
 
 def known_to(truth: xr.Dataset, cases: Cases) -> Cases:
     """The cases whose valid time the truth holds."""
-    kept = cases[np.isin(cases.valid, truth["time"].values.astype("datetime64[ns]"))]
+    own = "prediction_timedelta" in truth.dims
+    kept = cases[cases.keys().isin(Cases.of(truth).keys()) if own else np.isin(cases.valid, truth["time"].values.astype("datetime64[ns]"))]
     if not len(kept):
         times = truth["time"].values
         period = f"{str(times[0])[:16]} to {str(times[-1])[:16]}"
