@@ -38,6 +38,8 @@ class Sums:
     @staticmethod
     def concat(parts: Sequence["Sums"], dim: str = "case") -> "Sums":
         """The sums of parts that hold different cases."""
+        if len(parts) == 1:
+            return parts[0]
         return Sums(xr.concat([p.total for p in parts], dim), xr.concat([p.weight for p in parts], dim))
 
     def pooled(self) -> "Sums":

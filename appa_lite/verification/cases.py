@@ -91,11 +91,18 @@ def gather(array: xr.DataArray, cases: Cases) -> xr.DataArray:
         out = array.isel(time=rows).drop_vars("time").rename(time="case")
         return out.transpose("case", ...)
     columns = pd.TimedeltaIndex(array["prediction_timedelta"].values).get_indexer(pd.TimedeltaIndex(cases.lead))
-    parts = [
-        array.isel(time=int(row), prediction_timedelta=columns[rows == row]).drop_vars(["time", "prediction_timedelta"])
-        for row in pd.unique(rows)  # cases are ordered by time
-    ]
-    return xr.concat([p.rename(prediction_timedelta="case") for p in parts], "case").transpose("case", ...)
+    array = array.transpose("time", "prediction_timedelta", ...)
+    values = np.concatenate(  # one initial time at a time: what is on disk is read no further than it must be
+        [
+            array.isel(time=int(row), prediction_timedelta=columns[rows == row]).values for row in pd.unique(rows)
+        ]  # cases are ordered by time
+    )
+    kept = {
+        n: c
+        for n, c in array.coords.items()
+        if not set(c.dims) & {"time", "prediction_timedelta"} and n not in ("time", "prediction_timedelta")
+    }
+    return xr.DataArray(values, dims=("case", *array.dims[2:]), coords=kept, name=array.name, attrs=array.attrs)
 
 
 def truth_at(truth: xr.DataArray, cases: Cases) -> xr.DataArray:

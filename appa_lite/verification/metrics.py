@@ -1,6 +1,7 @@
 """The metrics: functions of mean statistics. All but the Gaussian CRPS take ensembles, most take any forecast."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 
@@ -86,12 +87,17 @@ class RankShape(Metric):
         self.degree, self.name, self.statistics = degree, {1: "rank_slope", 2: "rank_u"}[degree], (Ranks(seed),)
 
     def value(self, means: Means) -> np.ndarray:
-        ratio = means["ranks"] * means["ranks"].shape[-1]
-        position = (2 * np.arange(ratio.shape[-1]) + 1) / ratio.shape[-1] - 1
-        basis = np.polynomial.legendre.legvander(position, min(2, ratio.shape[-1] - 1))
-        if self.degree >= basis.shape[1]:
-            return np.full(ratio.shape[:-1], np.nan)
-        return (ratio @ np.linalg.pinv(basis).T)[..., self.degree]
+        bins = means["ranks"].shape[-1]
+        if self.degree >= bins:
+            return np.full(means["ranks"].shape[:-1], np.nan)
+        return means["ranks"] @ _contrasts(bins)[self.degree]
+
+
+@lru_cache(maxsize=64)
+def _contrasts(bins: int) -> np.ndarray:
+    """What takes frequencies (bins,) to the coefficients of P0, P1, P2 in least squares, (degrees, bins)."""
+    position = (2 * np.arange(bins) + 1) / bins - 1
+    return bins * np.linalg.pinv(np.polynomial.legendre.legvander(position, min(2, bins - 1)))
 
 
 class _Spectral(Metric):

@@ -48,7 +48,7 @@ def power_spectrum(fields: np.ndarray, steps: tuple[float, ...], periodic: tuple
     return width * np.arange(1, count + 1), power.reshape(*power.shape[: -len(steps)], -1) @ one_hot
 
 
-def correlation_length(spectrum: np.ndarray, dimensions: int, resolution: int = 400) -> np.ndarray:
+def correlation_length(spectrum: np.ndarray, dimensions: int, resolution: int = 200) -> np.ndarray:
     """The distance at which the correlation falls to 1 / e, in units of the longest wavelength, of spectra (..., K).
 
     The correlation follows from the spectrum (Wiener and Khinchin): C(r) ~ sum_k E(k) cos(2 pi k r) on a ring, J_0 for the
