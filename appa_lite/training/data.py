@@ -46,25 +46,27 @@ class TrainingData:
             [self.normalizer[key].get(name, default) for name in self.spec.names]
             for key, default in (("transforms", "identity"), ("offsets", 1.0))
         ]
-        fresh = Normalizer(self.spec.shape, list(self.normalizer["periods"]), *pick)
+        fresh = Normalizer(self.spec.shape, list(self.normalizer["periods"]), *pick, self.spec.grid.periodic)
         return fresh.fit(self.train.fields, self.train.times, self.spec.mask_tensor())
 
     def space(self) -> Checkpoint:
         """The latent space to work in: that of the autoencoder given, else normalised fields as they are."""
         statistics = climatology(self.spec, self.train.fields)
         if self.base is not None:
-            return replace(self.base, climatology=statistics)
+            return replace(self.base, denoiser=None, climatology=statistics)
         return Checkpoint(self.spec, self.fit_normalizer(), IdentityAutoencoder(self.spec.shape), None, self.settings, statistics)
 
-    def latent_windows(self, space: Checkpoint, frames: int, strides: tuple[int, int]) -> tuple["LatentWindows", "LatentWindows"]:
-        """Windows of latents to train and to validate on, ``strides`` latent frames between their starts."""
+    def latent_windows(
+        self, space: Checkpoint, frames: int, strides: tuple[int, int], name: str | None = None
+    ) -> tuple["LatentWindows", "LatentWindows"]:
+        """Windows of latents to train and to validate on, ``strides`` latent frames between their starts; ``name`` is for errors."""
         stride = space.autoencoder.stride[0]
         pairs = [
             (encode(space, s.fields, s.times), s.times[: s.fields.shape[1] // stride * stride : stride]) for s in (self.train, self.held)
         ]
         shortest = min(latents.shape[1] for latents, _ in pairs)
         if shortest < frames:
-            what = f"window={frames} is longer than the data to train or validate on"
+            what = f"{name or f'window={frames}'} is longer than the data to train or validate on"
             raise UserError(f"{what}: {shortest} latent frames of {stride} frames")
         made = [LatentWindows(z, space.forcing(t), frames, s) for (z, t), s in zip(pairs, strides, strict=True)]
         return made[0], made[1]
