@@ -146,10 +146,10 @@ def applicable(views: Iterable[View], forecast: xr.DataArray, truth: xr.DataArra
 
 def viewed(variable: str) -> tuple[str, str]:
     """A table's variable as (variable, view), the view empty for the field itself."""
-    found = re.fullmatch(rf"(.+)_(mean\d+|energy|gradient)|({KINETIC}\w*)", variable)
-    if not found:
-        return variable, ""
-    return (found[1], found[2]) if found[1] else (found[3], "energy")
+    if re.fullmatch(rf"{KINETIC}\w*", variable):
+        return variable, "energy"
+    found = re.fullmatch(r"(.+)_(mean\d+|energy|gradient)", variable)
+    return (found[1], found[2]) if found else (variable, "")
 
 
 def winds(names: Iterable[str]) -> dict[str, tuple[str, str]]:
