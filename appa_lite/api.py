@@ -19,6 +19,7 @@ from appa_lite.models.checkpoint import FILE
 from appa_lite.observations import read_table
 from appa_lite.stages import assimilation, forecast, reanalysis
 from appa_lite.stages import filter as filtering
+from appa_lite.stages.parallel import Work
 
 
 class Model:
@@ -36,7 +37,7 @@ class Model:
     def reanalysis(self, observations: str | PathLike | pd.DataFrame, *choices: str, members: int = 16, seed: int = 0) -> xr.Dataset:
         """The posterior ensemble (time, number, grid) given an observation file, or a table of the same columns."""
         cfg, rows, files = self._observed("reanalysis", choices, observations, members, seed)
-        return reanalysis.analyse(cfg, rows, files)[0]
+        return reanalysis.analyse(cfg, rows, files, Work())[0]
 
     def filter(
         self,
@@ -50,7 +51,7 @@ class Model:
         cfg, rows, files = self._observed("filter", choices, observations, members, seed)
         if previous is not None and not isinstance(previous, xr.Dataset):
             files, previous = [*files, str(previous)], open_dataset(previous)
-        return filtering.analyse(cfg, rows, files, previous)[0]
+        return filtering.analyse(cfg, rows, files, Work(), previous)[0]
 
     def forecast(
         self, initial: str | PathLike | xr.Dataset, *choices: str, lead: str, members: int | None = None, seed: int = 0
@@ -58,7 +59,7 @@ class Model:
         """The forecast ensemble (time, prediction_timedelta, number, grid) from an analysis, its file or a trajectory."""
         data = isinstance(initial, xr.Dataset)
         cfg = self._compose("forecast", choices, initial="a dataset" if data else str(initial), lead=lead, members=members, seed=seed)
-        return forecast.predict(cfg, initial if data else str(initial), [] if data else [str(initial)])
+        return forecast.predict(cfg, initial if data else str(initial), [] if data else [str(initial)], Work())
 
     def _observed(self, command: str, choices: tuple[str, ...], observations: str | PathLike | pd.DataFrame, members: int, seed: int):
         """Configuration, table and files of a command that reads observations."""

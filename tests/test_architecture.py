@@ -27,10 +27,10 @@ HELPERS = {
     "observations": {"build", "cells", "discrete", "network", "options", "points", "rows", "table", "tracks", "units"},
     "diffusion": {"schedule"},
     "guidance": {"gaussian", "modes"},
-    "models": {"normalizer"},
-    "training": {"checkpoints", "ema", "logs", "schedule"},
-    "forecasters": {"designs", "ensemble", "initial", "localisation", "posterior"},
-    "stages": {"assimilation", "device", "prior"},
+    "models": {"deterministic", "margins", "normalizer"},
+    "training": {"checkpoints", "data", "ema", "emulator", "fully_shard", "logs", "prepare", "processes", "schedule", "signals", "strategy", "zero"},
+    "forecasters": {"designs", "ensemble", "initial", "localisation", "posterior", "rollout"},
+    "stages": {"assimilation", "device", "parallel", "prior"},
 }
 #: modules whose trade is to know the leaves: they read what is saved or tabulated and find its class, or chain commands
 ASSEMBLERS = {"observations": {"build"}, "models": {"checkpoint"}, "stages": {"quickstart", "tune"}}

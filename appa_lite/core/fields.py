@@ -187,6 +187,12 @@ class FieldSpec:
         fields = torch.from_numpy(np.stack(arrays, axis=-3)).to(dtype)
         return torch.where(self.mask_tensor(), fields, torch.zeros((), dtype=dtype))
 
+    def values(self, fields: Tensor, name: str) -> np.ndarray:
+        """A variable or derived quantity of fields (..., C, H, W) on the grid's own dimensions, NaN outside the mask."""
+        values = self.evaluate(fields.detach(), name).cpu()
+        values = torch.where(self.mask_tensor(), values, torch.nan).numpy()
+        return values[..., 0, :] if len(self.grid.dims) == 1 else values
+
     def to_dataset(self, fields: Tensor, coords: Mapping[str, object], derived: bool = True) -> xr.Dataset:
         """A CF dataset of fields (..., C, H, W); ``coords`` names the leading dimensions, in order, with their values.
 
@@ -194,15 +200,10 @@ class FieldSpec:
         """
         if fields.ndim != len(coords) + 3:
             raise ValueError(f"fields of shape {tuple(fields.shape)} need {fields.ndim - 3} leading coordinates, got {list(coords)}")
-        fields = torch.where(
-            self.mask_tensor().to(fields.device), fields, torch.full((), torch.nan, dtype=fields.dtype, device=fields.device)
-        )
         dims = (*coords, *self.grid.dims)
         out = xr.Dataset(coords={**{k: _coordinate(k, v) for k, v in coords.items()}, **self.grid.coords()})
         for entry in (*self.variables, *(self.derived if derived else ())):
-            values = self.evaluate(fields, entry.name).detach().cpu().numpy()
-            if len(self.grid.dims) == 1:
-                values = values[..., 0, :]
+            values = self.values(fields, entry.name)
             attrs = {k: getattr(entry, k) for k in ("units", "standard_name", "long_name") if getattr(entry, k)}
             shift = getattr(entry, "shift", (0.0, 0.0))
             if any(shift):

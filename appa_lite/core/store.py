@@ -189,7 +189,12 @@ def _prepare(dataset: xr.Dataset, attrs: Mapping[str, Any]) -> xr.Dataset:
 
 def _write(dataset: xr.Dataset, path: Path) -> None:
     if path.suffix == ".zarr":
-        dataset.to_zarr(path, mode="w", zarr_format=3, encoding=_encoding(dataset, True), consolidated=False, safe_chunks=False)
+        encoding = _encoding(dataset, True)
+        for name, variable in dataset.data_vars.items():
+            if variable.chunks is not None:  # read as it is written: every task writes whole shards
+                whole = encoding[name].get("shards") or encoding[name]["chunks"]
+                dataset[name] = variable.copy(data=variable.data.rechunk(whole))
+        dataset.to_zarr(path, mode="w", zarr_format=3, encoding=encoding, consolidated=False, safe_chunks=False)
         _consolidate(path)
     else:
         dataset.to_netcdf(path, engine="h5netcdf", encoding=_encoding(dataset, False))

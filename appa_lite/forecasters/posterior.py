@@ -50,14 +50,6 @@ class Period:
         return fields[:, self.before : self.before + self.frames]
 
 
-def forcing_features(times: Tensor, periods: tuple[float, ...]) -> Tensor | None:
-    """Cosines and sines of the given periods (seconds) at times (T,): (T, 2 P), or None without periods."""
-    if not periods:
-        return None
-    angle = 2 * torch.pi * torch.stack([torch.remainder(times, p) / p for p in periods], dim=-1)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
-
-
 class Prior:
     """The trained law of trajectories over a period.
 
@@ -70,7 +62,7 @@ class Prior:
         self.checkpoint, self.period, self.model = checkpoint, period, checkpoint.denoiser
         window = self.model.config.frames
         self.layout = WindowLayout(period.latent_frames, window, min(overlap, window - 1))
-        self.forcing = forcing_features(period.times[:: period.stride], tuple(checkpoint.settings.get("forcing_periods", ())))
+        self.forcing = checkpoint.forcing(period.times[:: period.stride])
         self.batch = batch
 
     @property

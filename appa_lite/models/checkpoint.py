@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import xarray as xr
+from torch import Tensor
 
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec
@@ -34,6 +35,14 @@ class Checkpoint:
     denoiser: LatentDenoiser | None
     settings: dict
     climatology: xr.Dataset | None = None
+
+    def forcing(self, times: Tensor) -> Tensor | None:
+        """Cosines and sines of the P forcing periods of the settings at times (T,), seconds: (T, 2 P); None without any."""
+        periods = self.settings.get("forcing_periods", ())
+        if not periods:
+            return None
+        angle = 2 * torch.pi * torch.stack([torch.remainder(times, p) / p for p in periods], dim=-1)
+        return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
     def save(self, directory: Path, half: bool = False) -> None:
         """Write model.json and one folder a part; the denoiser's weights in half precision if asked."""

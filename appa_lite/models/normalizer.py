@@ -1,13 +1,15 @@
 """Physical units to normalised anomalies and back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
-TRANSFORMS = ("identity", "log1p")
+from appa_lite.models.margins import Margin
+
+TRANSFORMS = ("identity", "log1p", "gaussianize")
 
 
 class Normalizer(ModelMixin, ConfigMixin):
@@ -15,18 +17,32 @@ class Normalizer(ModelMixin, ConfigMixin):
 
         z = (g(x) - m(t)) / s,    m(t) = a_0 + sum_p a_p cos(2 pi t / P_p) + b_p sin(2 pi t / P_p)
 
-    with a climatology per cell, one scale s per variable, and g the identity or log(1 + x / x_0) (for amounts that
-    are positive and skewed). Cells outside the mask are zero.
+    with a climatology per cell, one scale s per variable, and g one of
+
+    - ``identity``;
+    - ``log1p``: log(1 + x / x_0), for amounts that are positive and skewed;
+    - ``gaussianize``: Phi^{-1}(F(x)), F fitted to the values of all cells and times, with generalised Pareto tails and
+      dry cells (see ``Margin``). The tail is then the transform's, and the law that a model has to learn has none.
+
+    Cells outside the mask are zero.
 
     Args:
         shape: (C, H, W).
         periods: seconds; harmonics of the climatology, such as a day and a year; empty for a constant mean.
-        transforms: one of ``identity``, ``log1p`` per variable.
+        transforms: one of ``identity``, ``log1p``, ``gaussianize`` per variable.
         offsets: x_0 per variable, in its units (used by log1p).
+        periodic: (rows, columns) wrap around (used by gaussianize).
     """
 
     @register_to_config
-    def __init__(self, shape: Sequence[int], periods: Sequence[float] = (), transforms: Sequence[str] = (), offsets: Sequence[float] = ()):
+    def __init__(
+        self,
+        shape: Sequence[int],
+        periods: Sequence[float] = (),
+        transforms: Sequence[str] = (),
+        offsets: Sequence[float] = (),
+        periodic: Sequence[bool] = (False, False),
+    ):
         super().__init__()
         c, h, w = shape
         self.transforms = tuple(transforms) or ("identity",) * c
@@ -36,26 +52,29 @@ class Normalizer(ModelMixin, ConfigMixin):
         self.register_buffer("scale", torch.ones(c))
         self.register_buffer("mask", torch.ones(h, w))
         self.offsets = torch.tensor(list(offsets) or [1.0] * c)
+        self.margins = nn.ModuleDict({str(i): Margin(periodic) for i, t in enumerate(self.transforms) if t == "gaussianize"})
+
+    @property
+    def nonlinear(self) -> bool:
+        """Whether some variable is transformed."""
+        return any(t != "identity" for t in self.transforms)
+
+    def _by_channel(self, x: Tensor, functions: dict[str, Callable[[int, Tensor], Tensor]]) -> Tensor:
+        """``functions[transform](i, channel i)`` of (..., C, H, W), the identity where there is none."""
+        if not self.nonlinear:
+            return x
+        channels = zip(self.transforms, x.unbind(-3), strict=True)
+        return torch.stack([functions.get(t, lambda _, c: c)(i, channel) for i, (t, channel) in enumerate(channels)], dim=-3)
 
     def transform(self, x: Tensor) -> Tensor:
         """g(x), (..., C, H, W)."""
-        if all(t == "identity" for t in self.transforms):
-            return x
-        channels = [
-            x[..., i, :, :] if t == "identity" else torch.log1p(x[..., i, :, :].clamp(min=0) / self.offsets[i])
-            for i, t in enumerate(self.transforms)
-        ]
-        return torch.stack(channels, dim=-3)
+        log = lambda i, c: torch.log1p(c.clamp(min=0) / self.offsets[i])  # noqa: E731
+        return self._by_channel(x, {"log1p": log, "gaussianize": lambda i, c: self.margins[str(i)](c)})
 
     def untransform(self, g: Tensor) -> Tensor:
         """The inverse of ``transform``."""
-        if all(t == "identity" for t in self.transforms):
-            return g
-        channels = [
-            g[..., i, :, :] if t == "identity" else torch.expm1(g[..., i, :, :].clamp(min=0)) * self.offsets[i]
-            for i, t in enumerate(self.transforms)
-        ]
-        return torch.stack(channels, dim=-3)
+        exp = lambda i, c: torch.expm1(c.clamp(min=0)) * self.offsets[i]  # noqa: E731
+        return self._by_channel(g, {"log1p": exp, "gaussianize": lambda i, c: self.margins[str(i)].inverse(c)})
 
     def features(self, time: Tensor) -> Tensor:
         """(..., 1 + 2 P): one, then cosines and sines of the harmonics at ``time`` (seconds since 1970, float64)."""
@@ -81,20 +100,21 @@ class Normalizer(ModelMixin, ConfigMixin):
 
     def derivative(self, anomalies: Tensor, time: Tensor) -> Tensor:
         """d inverse / d anomalies, cell by cell, of the shape of ``anomalies``."""
-        slope = self.scale[:, None, None].expand_as(anomalies)
-        if all(t == "identity" for t in self.transforms):
-            return slope
         g = anomalies * self.scale[:, None, None] + self.climatology(time)
-        channels = [
-            slope[..., i, :, :] if t == "identity" else slope[..., i, :, :] * torch.exp(g[..., i, :, :].clamp(min=0)) * self.offsets[i]
-            for i, t in enumerate(self.transforms)
-        ]
-        return torch.stack(channels, dim=-3)
+        functions = {
+            "identity": lambda i, c: torch.ones_like(c),
+            "log1p": lambda i, c: torch.exp(c.clamp(min=0)) * self.offsets[i],
+            "gaussianize": lambda i, c: self.margins[str(i)].slope(c),
+        }
+        slope = self.scale[:, None, None].expand_as(anomalies)
+        return slope * self._by_channel(g, functions) if self.nonlinear else slope
 
     @torch.no_grad()
     def fit(self, fields: Tensor, time: Tensor, mask: Tensor) -> "Normalizer":
-        """Least squares of the climatology and pooled standard deviations, from fields (N, T, C, H, W) and times (T,)."""
+        """Margins, least squares of the climatology and pooled standard deviations, from fields (N, T, C, H, W) and times (T,)."""
         self.mask.copy_(mask)
+        for i, margin in self.margins.items():
+            margin.fit(fields[:, :, int(i)].flatten(0, 1), mask)
         features = self.features(time)
         moment = torch.zeros(features.shape[1], *fields.shape[2:], dtype=torch.float64)
         for trajectory in fields:

@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 
 import numpy as np
@@ -17,14 +17,16 @@ from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec, to_datetime, to_seconds
 from appa_lite.core.random import derive
 from appa_lite.data.open import parse_date
-from appa_lite.forecasters.base import Assimilator
+from appa_lite.forecasters.base import Assimilator, Progress
 from appa_lite.forecasters.errors import gross_errors, innovations
+from appa_lite.guidance.base import SolverReport
 from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.observations import build_observation, read_table
 from appa_lite.observations.base import Observation
 from appa_lite.observations.options import TableOptions
 from appa_lite.observations.rows import drop_duplicates, kinds, withheld
 from appa_lite.observations.table import canonical
+from appa_lite.stages.parallel import Part, batches, packed, unpacked
 from appa_lite.stages.prior import competitor
 from appa_lite.verification.innovations import effective_members, evidence, summary, used_sums, withheld_sums
 
@@ -124,6 +126,23 @@ def judged(cfg: DictConfig, model: Engine, observation: Observation, times: np.n
     return replace(observation, variance=observation.variance / weight.to(observation.variance)), (probability > 0.5).numpy()
 
 
+# Members
+
+
+def pieces(cfg: DictConfig, model: Engine) -> list[range]:
+    """Members that are computed together: all of them where they are each other's covariance."""
+    return batches(cfg.members, cfg.members if model.assimilator.coupled else cfg.batch)
+
+
+def assimilated(
+    model: Engine, used: Observation, times: np.ndarray, members: range, seed: int, progress: Progress
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fields (N, T, C, H, W) of some members, and what the solver did for them."""
+    model.assimilator.report = SolverReport()
+    fields = model.assimilator.assimilate(used if len(used) else None, times, members, seed, progress).cpu()
+    return fields, packed(asdict(model.assimilator.report))
+
+
 # Times
 
 
@@ -158,18 +177,27 @@ def covering(first: float, last: float, step: float, phase: float) -> np.ndarray
 # Evidence
 
 
-def sums_of(rows: Rows, used: Observation, keep: np.ndarray, fields: torch.Tensor, start: int, names: list[str], seed: int) -> np.ndarray:
-    """Sums of the innovations of an ensemble of fields (N, T, C, H, W) whose first frame is ``start``.
+def seen(rows: Rows, used: Observation, keep: np.ndarray, fields: torch.Tensor, start: int) -> Part:
+    """What members (N, T, C, H, W), whose first frame is ``start``, have where values were ``used``, and where ``withheld``.
 
-    ``used`` is what it was given, of the same frames; ``keep`` (M,) tells which withheld rows are looked at.
+    ``used`` is what they were given, of the same frames; ``keep`` (M,) tells which withheld rows are looked at.
     """
-    sums = used_sums(used.values, used.operator(fields).cpu(), used.variance, kinds(used.provenance), names)
+    hidden = rows.withheld & keep
+    return {
+        "used": used.operator(fields),
+        "withheld": rows.part(hidden).operator.rebase(start)(fields) if hidden.any() else fields[:, 0, 0, 0, :0],
+    }
+
+
+def sums_of(rows: Rows, used: Observation, keep: np.ndarray, parts: Sequence[Part], names: list[str], seed: int) -> np.ndarray:
+    """Sums of the innovations of the ensemble whose members are in ``parts``, see `seen`."""
+    at_used, at_withheld = (torch.cat([part[name] for part in parts]) for name in ("used", "withheld"))
+    sums = used_sums(used.values, at_used, used.variance, kinds(used.provenance), names)
     hidden = rows.withheld & keep
     if hidden.any():
         kept = rows.part(hidden)
-        seen = kept.operator.rebase(start)(fields).cpu()
         rng = np.random.default_rng(derive(seed, "withheld"))
-        sums += withheld_sums(kept.values, seen, kept.variance, rows.kinds[hidden], names, rng)
+        sums += withheld_sums(kept.values, at_withheld, kept.variance, rows.kinds[hidden], names, rng)
     return sums
 
 
@@ -185,9 +213,11 @@ def testify(dataset: xr.Dataset, sums: np.ndarray, names: list[str], counts: dic
     return summary(records, effective, members)
 
 
-def solver(model: Engine) -> tuple[dict[str, float | str], str]:
-    """What the assimilator's solver reports, as attributes and in words; a warning if it did not get there."""
-    report = model.assimilator.report
+def solver(parts: Sequence[Part]) -> tuple[dict[str, float | str], str]:
+    """What the solver reports of all parts, as attributes and in words; a warning if it did not get there."""
+    report = SolverReport()
+    for part in parts:
+        report.merge(SolverReport(**unpacked(part["solver"])))
     found, warning = report.attributes(), report.warning()
     if warning is not None:
         log.warning(warning)

@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,13 @@ from appa_lite.core.errors import UserError
 from appa_lite.core.fields import to_seconds
 from appa_lite.core.random import derive
 from appa_lite.core.store import check_target, digest, open_dataset, provenance, write_dataset
+from appa_lite.forecasters.base import Progress
+from appa_lite.observations.base import Observation
 from appa_lite.observations.rows import digest as digest_of_rows
 from appa_lite.observations.rows import hashes
 from appa_lite.stages import assimilation as shared
-from appa_lite.stages.prior import Bar, duration
+from appa_lite.stages.parallel import Part, Work, stacked
+from appa_lite.stages.prior import duration
 
 log = logging.getLogger(__name__)
 
@@ -35,38 +38,44 @@ def run(cfg: DictConfig) -> None:
     paths = shared.files(cfg.observations)
     previous = None if cfg.previous is None else open_dataset(cfg.previous)
     inputs = paths + ([] if previous is None else [cfg.previous])
-    dataset, facts = analyse(cfg, shared.read_files(paths, shared.table_options(cfg)), inputs, previous)
-    write_dataset(dataset, cfg.out, dataset.attrs)
+    table = shared.read_files(paths, shared.table_options(cfg))
+    with Work.of(cfg, inputs) as work:
+        made = analyse(cfg, table, inputs, work, previous)
+        if made is None:
+            return
+        dataset, facts = made
+        write_dataset(dataset, cfg.out, dataset.attrs)
     print(f"{', '.join(paths)}: {shared.counted(json.loads(dataset.attrs['observation_counts']))}")
     print(f"{cfg.out}: {dataset.sizes['time']} analyses, {cfg.members} members; {facts}")
 
 
-def analyse(cfg: DictConfig, table: pd.DataFrame, inputs: list[str], previous: xr.Dataset | None = None) -> tuple[xr.Dataset, str]:
+def analyse(
+    cfg: DictConfig, table: pd.DataFrame, inputs: list[str], work: Work, previous: xr.Dataset | None = None
+) -> tuple[xr.Dataset, str] | None:
     """The analyses given a table of observations, and what to say about them; ``inputs`` are the files behind it.
 
     An analysis is a function of the model, the settings, the seed, its time and the rows in its window, and of nothing
-    else. So those of ``previous`` whose rows are still the same are taken over, and the others are made (again).
+    else. So those of ``previous`` whose rows are still the same are taken over, and the others are made (again): a batch
+    of members of one analysis is a piece of the work. None for processes that leave the merging to another.
     """
     model = shared.engine(cfg)
     plan = Plan.of(cfg, model, shared.canonical_table(table, cfg), previous)
     known = {} if previous is None else _known(cfg, plan, previous)
-    pieces, made, bar = [], 0, Bar()
-    try:
-        for i, k in enumerate(plan.frames):
-            piece = known.get(int(k))
-            made += piece is None
-            pieces.append(_analysis(cfg, model, plan, int(k)) if piece is None else piece)
-            bar("analyses", i + 1, len(plan.frames))
-    finally:
-        bar.close()
-    dataset = xr.concat(pieces, "time", data_vars="all", coords="minimal", compat="override", join="override", combine_attrs="override")
-    attrs, facts = shared.solver(model)
+    frames, members = [k for k in map(int, plan.frames) if k not in known], shared.pieces(cfg, model)
+    todo = [(k, some) for k in frames for some in members]
+    parts = work.map(len(todo), lambda i, progress: _piece(cfg, model, plan, *todo[i], progress))
+    if parts is None:
+        return None
+    of = {k: parts[i * len(members) : (i + 1) * len(members)] for i, k in enumerate(frames)}
+    made = [known[k] if k in known else _analysis(cfg, model, plan, k, of[k], work) for k in map(int, plan.frames)]
+    dataset = xr.concat(made, "time", data_vars="all", coords="minimal", compat="override", join="override", combine_attrs="override")
+    attrs, facts = shared.solver(parts)
     dataset.attrs = provenance(cfg, cfg.seed, inputs) | attrs | {"field_spec": json.dumps(model.spec.to_dict())}
     dataset.attrs |= {"model": plan.model, "kinds": json.dumps(plan.names)}
     gross = int(dataset["gross_errors"].sum())
     counts = plan.rows.counts | ({"gross error": gross} if gross else {})
     lines = shared.testify(dataset, dataset["innovation_sums"].sum("time").values, plan.names, counts)
-    return dataset, f"{made} made, {len(pieces) - made} of an earlier run; {facts}\n{lines}"
+    return dataset, f"{len(frames)} made, {len(known)} of an earlier run; {facts}\n{lines}"
 
 
 @dataclass(frozen=True)
@@ -141,19 +150,40 @@ def _window(cfg: DictConfig, model: shared.Engine, after: int) -> int:
     return int(cfg.window) * stride
 
 
-def _analysis(cfg: DictConfig, model: shared.Engine, plan: Plan, frame: int) -> xr.Dataset:
-    """One analysis, with the sums of the innovations since the one before."""
+def _recent(plan: Plan, frame: int, given: Observation) -> Observation:
+    """What is new of the observation that an analysis is given."""
+    return given.select(torch.from_numpy(plan.new(frame)[plan.seen(frame) & ~plan.rows.withheld]))
+
+
+def _given(plan: Plan, frame: int) -> Observation:
+    """The observation in the window of an analysis, but for what is withheld."""
+    return plan.rows.part(plan.seen(frame) & ~plan.rows.withheld).window(*plan.window(frame))
+
+
+def _seed(cfg: DictConfig, plan: Plan, frame: int) -> int:
+    return derive(cfg.seed, "filter", int(to_seconds(np.array([plan.time(frame)]))[0]))
+
+
+def _piece(cfg: DictConfig, model: shared.Engine, plan: Plan, frame: int, members: range, progress: Progress) -> Part:
+    """Some members of one analysis, what they have where values are new, and what was thought of these values."""
     start, stop = plan.window(frame)
-    seen, new, when = plan.seen(frame), plan.new(frame), plan.time(frame)
     times = shared.frames_between(plan.origin + start, plan.origin + stop - 1, plan.step, plan.phase)
-    seed = derive(cfg.seed, "filter", int(to_seconds(np.array([when]))[0]))
-    chosen = seen & ~plan.rows.withheld
-    used, gross = shared.judged(cfg, model, plan.rows.part(chosen).window(start, stop), times)
-    fields = model.assimilator.assimilate(used if len(used) else None, times, range(cfg.members), seed)
-    recent = used.select(torch.from_numpy(new[chosen]))
-    sums = shared.sums_of(plan.rows, recent, new & seen, fields, start, plan.names, seed)
-    dataset = model.spec.to_dataset(fields[None, :, frame - start], {"time": [when], "number": np.arange(cfg.members)})
-    return dataset.assign_coords(_records(seen.sum(), digest_of_rows(plan.hashes[seen]), gross[new[chosen]].sum(), sums))
+    used, gross = shared.judged(cfg, model, _given(plan, frame), times)
+    fields, solver = shared.assimilated(model, used, times, members, _seed(cfg, plan, frame), progress)
+    recent = _recent(plan, frame, used)
+    at = shared.seen(plan.rows, recent, plan.new(frame) & plan.seen(frame), fields, start)
+    fresh = torch.from_numpy(gross[plan.new(frame)[plan.seen(frame) & ~plan.rows.withheld]])
+    return {"fields": fields[:, frame - start : frame - start + 1], "solver": solver, "gross": fresh, "variance": recent.variance} | at
+
+
+def _analysis(cfg: DictConfig, model: shared.Engine, plan: Plan, frame: int, parts: list[Part], work: Work) -> xr.Dataset:
+    """One analysis, with the sums of the innovations since the one before."""
+    seen = plan.seen(frame)
+    recent = replace(_recent(plan, frame, _given(plan, frame)), variance=parts[0]["variance"])
+    sums = shared.sums_of(plan.rows, recent, plan.new(frame) & seen, parts, plan.names, _seed(cfg, plan, frame))
+    fields = stacked([part["fields"] for part in parts]).swapaxes(0, 1)
+    dataset = work.dataset(model.spec, fields, {"time": [plan.time(frame)], "number": np.arange(cfg.members)})
+    return dataset.assign_coords(_records(seen.sum(), digest_of_rows(plan.hashes[seen]), parts[0]["gross"].sum(), sums))
 
 
 def _records(count: int, number: int, gross: int, sums: np.ndarray) -> Mapping[str, tuple]:

@@ -1,7 +1,9 @@
 """``forecast``: an analysis or reanalysis ensemble in, forecast ensemble out."""
 
 import json
+from dataclasses import asdict
 
+import dask.array as da
 import numpy as np
 import torch
 import xarray as xr
@@ -10,43 +12,62 @@ from omegaconf import DictConfig, ListConfig
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec, to_seconds
 from appa_lite.core.store import check_target, provenance, write_dataset
-from appa_lite.data.open import parse_date
-from appa_lite.forecasters.base import Forecaster
-from appa_lite.stages.prior import Bar, competitor, duration, matching_fields
+from appa_lite.data.open import open_fields, parse_date
+from appa_lite.forecasters.base import Forecaster, Progress
+from appa_lite.guidance.base import SolverReport
+from appa_lite.stages.parallel import Part, Work, batches, packed, stacked, unpacked
+from appa_lite.stages.prior import competitor, duration, matching_fields
 
 
 def run(cfg: DictConfig) -> None:
     """Write the forecast ensemble (time, prediction_timedelta, number, grid) from ``cfg.initial`` to ``cfg.out``."""
     check_target(cfg.out)
-    dataset = predict(cfg, cfg.initial, [cfg.initial])
-    write_dataset(dataset, cfg.out, dataset.attrs)
+    with Work.of(cfg, [cfg.initial]) as work:
+        dataset = predict(cfg, cfg.initial, [cfg.initial], work)
+        if dataset is None:
+            return
+        write_dataset(dataset, cfg.out, dataset.attrs)
     sizes = dataset.sizes
     print(f"{cfg.out}: {sizes['time']} initial times, {sizes['prediction_timedelta'] - 1} frames, {sizes['number']} members")
 
 
-def predict(cfg: DictConfig, initial: str | xr.Dataset, inputs: list[str]) -> xr.Dataset:
-    """The forecast ensemble from an initial file or dataset; ``inputs`` are the files behind it."""
+def predict(cfg: DictConfig, initial: str | xr.Dataset, inputs: list[str], work: Work) -> xr.Dataset | None:
+    """The forecast ensemble from an initial file or dataset; ``inputs`` are the files behind it.
+
+    A piece of the work is a batch of members from one initial time; None for processes that leave the merging to another.
+    """
     if cfg.members is not None and cfg.members < 1:
         raise UserError(f"members={cfg.members} must be at least 1")
     forecaster, setting = competitor(cfg, Forecaster)
-    spec = setting.spec
+    spec = setting.spec or open_fields(initial)[1]
     frames = round(duration(cfg.lead, "lead") / spec.step)
     if frames < 1:
         raise UserError(f"lead={cfg.lead} is shorter than a frame of this model, {spec.step / 3600:g} hours")
     dataset, fields = _initial(cfg, initial, spec)
     starts = cfg.initial_time if isinstance(cfg.initial_time, ListConfig) else [cfg.initial_time]
-    members = cfg.members or fields.shape[0]
-    bar, pieces, dates = Bar(), [], []
-    for start in starts:
-        known, times = _history(fields, dataset["time"].values, start, cfg.history, spec.step)
-        out = forecaster.forecast(known, times, frames, range(members), cfg.seed, bar)
-        pieces.append(torch.cat([known[[m % len(known) for m in range(members)], -1:], out], dim=1))
-        dates.append(times[-1])
-    bar.close()
+    histories = [_history(fields, dataset["time"].values, start, cfg.history, spec.step) for start in starts]
+    members = batches(cfg.members or fields.shape[0], cfg.batch)
+    todo = [(known, times, some) for known, times in histories for some in members]
+
+    def piece(i: int, progress: Progress) -> Part:
+        known, times, some = todo[i]
+        rows, forecaster.report = known[[m % len(known) for m in some]], SolverReport()
+        out = forecaster.forecast(rows, times, frames, some, cfg.seed, progress).cpu()
+        return {"fields": torch.cat([rows[:, -1:], out], dim=1), "solver": packed(asdict(forecaster.report))}
+
+    parts = work.map(len(todo), piece)
+    if parts is None:
+        return None
+    report = SolverReport()
+    for part in parts:
+        report.merge(SolverReport(**unpacked(part["solver"])))
+    each = len(members)
+    ensembles = [stacked([part["fields"] for part in parts[i : i + each]]) for i in range(0, len(parts), each)]
     leads = (np.arange(frames + 1) * spec.step * 1e9).astype("timedelta64[ns]")
-    coords = {"time": np.array(dates), "prediction_timedelta": leads, "number": np.arange(members)}
-    result = spec.to_dataset(torch.stack(pieces).transpose(1, 2), coords)
-    result.attrs = provenance(cfg, cfg.seed, inputs) | forecaster.report.summary() | {"field_spec": json.dumps(spec.to_dict())}
+    dates = np.array([times[-1] for _, times in histories])
+    coords = {"time": dates, "prediction_timedelta": leads, "number": np.arange(cfg.members or fields.shape[0])}
+    result = work.dataset(spec, da.stack(ensembles).swapaxes(1, 2), coords)
+    result.attrs = provenance(cfg, cfg.seed, inputs) | report.summary() | {"field_spec": json.dumps(spec.to_dict())}
     return result
 
 

@@ -17,6 +17,7 @@ from appa_lite.core.errors import UserError
 from appa_lite.core.fields import to_seconds
 from appa_lite.core.store import atomic, open_dataset
 from appa_lite.stages import assimilation, reanalysis
+from appa_lite.stages.parallel import Work
 from appa_lite.verification.tables import check_table_path
 
 Record = dict[str, object]
@@ -36,7 +37,7 @@ def run(cfg: DictConfig) -> None:
     for setting, chosen in zip(grid, tried, strict=True):
         began = time.monotonic()
         try:
-            scores = _scores(reanalysis.analyse(chosen, table, paths)[0], truth, cfg)
+            scores = _scores(reanalysis.analyse(chosen, table, paths, Work())[0], truth, cfg)
             note = ", ".join(f"{name} {score['rmse']:.4g}" for name, score in scores.items())
         except UserError as error:  # members that blow up are a result
             failure, note = error, f"failed: {error}"

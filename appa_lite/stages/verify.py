@@ -19,6 +19,7 @@ from appa_lite.observations.options import TableOptions
 from appa_lite.observations.table import read_table
 from appa_lite.verification.grid import standardise
 from appa_lite.verification.tables import check_table_path, dumps, format_table
+from appa_lite.verification.thresholds import read_thresholds
 from appa_lite.verification.verify import Verification
 
 
@@ -43,6 +44,9 @@ def run(cfg: DictConfig) -> None:
         climatology=_climatology(cfg),
         trajectory=cfg.trajectory,
         seed=cfg.seed,
+        thresholds=None
+        if cfg.thresholds is None
+        else read_thresholds(cfg.thresholds, verification.quantiles, verification.views, cfg.truth),
         **tables,
     )
     print(format_table(scores.records))

@@ -1,25 +1,23 @@
 """Training of the spatiotemporal autoencoder, and what its card says."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import xarray as xr
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec
+from appa_lite.data.windows import WindowDataset
+from appa_lite.models.autoencoder import SpatiotemporalAutoencoder
 from appa_lite.models.checkpoint import Checkpoint
+from appa_lite.models.identity import IdentityAutoencoder
 from appa_lite.models.normalizer import Normalizer
-from appa_lite.training.base import SampleNoise, Trainable
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Some trajectories kept for what is done once: fields (N, T, C, H, W) in physical units, times (T,) in seconds."""
-
-    fields: Tensor
-    times: Tensor
+from appa_lite.training.base import Recipe, SampleNoise, Trainable, fitting
+from appa_lite.training.data import Sample, TrainingData, climatology
 
 
 @dataclass
@@ -74,9 +72,64 @@ class AutoencoderTraining(Trainable):
     def export(self, directory: Path) -> None:
         """Standardise the latents, measure the reconstruction beside empirical orthogonal functions, and save."""
         model, normalizer = self.model.cpu(), self.normalizer.cpu()
-        model.standardise(normalizer(self.train.fields, self.train.times))
+        if isinstance(model, SpatiotemporalAutoencoder):
+            model.standardise(normalizer(self.train.fields, self.train.times))
         card = reconstruction_card(model, normalizer, self.spec, self.train, self.test)
         Checkpoint(self.spec, normalizer, model, None, self.settings | {"autoencoder": card}, self.climatology).save(directory)
+
+
+def _training(data: TrainingData, model: nn.Module, weights: Mapping[str, float]) -> AutoencoderTraining:
+    """With the climatology of all training fields, and some of them for what is done once."""
+    fields, times = data.train.fields, data.train.times
+    some = Sample(fields[: max(1, 3000 // fields.shape[1])], times)
+    test = Sample(data.held.fields[:4, :400], data.held.times[:400])
+    statistics = climatology(data.spec, fields)
+    return AutoencoderTraining(model, data.fit_normalizer(), data.spec, dict(weights), some, test, data.settings, statistics)
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe(Recipe):
+    """The spatiotemporal autoencoder, from principal components of patches.
+
+    Args:
+        stride, channels, width, depth, lap, kernel: of ``SpatiotemporalAutoencoder``;
+        window, window_stride: frames; weights: of the variables in the loss (default 1).
+    """
+
+    stride: Sequence[int] = (2, 4, 4)
+    channels: int = 8
+    width: int = 96
+    depth: int = 2
+    lap: int = 5
+    kernel: int = 3
+    window: int = 8
+    window_stride: int = 1
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def prepare(self, data: TrainingData) -> tuple[AutoencoderTraining, Dataset, Dataset]:
+        spec, counts = data.spec, [s.fields.shape[1] for s in (data.train, data.held)]
+        if min(counts) < self.window:
+            found = f"{counts[0]} and {counts[1]} frames to train and validate on"
+            raise UserError(f"window={self.window} frames is longer than the data: {found}")
+        with fitting():
+            model = SpatiotemporalAutoencoder(
+                spec.shape, self.stride, self.channels, self.width, self.depth, self.lap, self.kernel, spec.grid.periodic
+            )
+        model.mask.copy_(spec.mask_tensor())
+        training = _training(data, model, self.weights)
+        weights = torch.tensor([float(self.weights.get(n, 1.0)) for n in spec.names])
+        model.start_from_components(training.normalizer(training.train.fields, training.train.times), weights)
+        pairs = ((data.train, self.window_stride), (data.held, self.window))
+        return training, *(WindowDataset(s.fields, s.times, self.window, stride) for s, stride in pairs)
+
+
+@dataclass(frozen=True)
+class IdentityRecipe(Recipe):
+    """No compression: the normaliser is fitted, and there is nothing to train."""
+
+    def prepare(self, data: TrainingData) -> tuple[AutoencoderTraining, Dataset, Dataset]:
+        windows = (WindowDataset(s.fields, s.times, 1) for s in (data.train, data.held))
+        return _training(data, IdentityAutoencoder(data.spec.shape), {}), *windows
 
 
 @torch.no_grad()
@@ -134,19 +187,3 @@ def spectrum_ratio(fields: Tensor, truth: Tensor) -> list[float]:
     k = (ky**2 + kx**2).sqrt()
     bands = [(k > a) & (k <= b) for a, b in ((0, 1 / 6), (1 / 6, 1 / 3), (1 / 3, 1 / 2))]
     return [float(power[0][b].sum() / power[1][b].sum()) for b in bands]
-
-
-def climatology(spec: FieldSpec, fields: Tensor) -> xr.Dataset:
-    """Mean ``<name>`` and standard deviation ``<name>_std`` of every cell, of fields (N, T, C, H, W) and what is derived from them."""
-    parts = []
-    for quantity in (*spec.variables, *spec.derived):
-        values = torch.stack([spec.evaluate(trajectory, quantity.name) for trajectory in fields]).flatten(0, 1)
-        parts.append((quantity, values.double().mean(0), values.double().std(0)))
-    coords = spec.grid.coords()
-    mask = spec.mask_tensor()
-    out = xr.Dataset(coords=coords)
-    for quantity, mean, std in parts:
-        for name, array in ((quantity.name, mean), (f"{quantity.name}_std", std)):
-            array = torch.where(mask, array, torch.nan).numpy()
-            out[name] = (spec.grid.dims, array[0] if len(spec.grid.dims) == 1 else array, {"units": quantity.units})
-    return out

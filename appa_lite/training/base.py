@@ -1,13 +1,17 @@
-"""What can be trained: a model, its loss, its score, and how it is saved."""
+"""What can be trained: a model, its loss, its score, and how it is saved; and the recipes that make them from data."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from appa_lite.core.errors import UserError
 from appa_lite.core.random import derive
+from appa_lite.training.data import TrainingData
 
 _MASK = (1 << 64) - 1
 
@@ -106,3 +110,28 @@ class Trainable(ABC):
                 sums[name] = sums.get(name, 0.0) + float(value) * len(noise)
             count += len(noise)
         return {name: value / count for name, value in sums.items()}
+
+
+class Recipe(ABC):
+    """How something to train is made from data: one file in ``training/`` and one YAML in ``configs/trainable``.
+
+    The constructor's signature is the schema of the YAML. A parameter that the YAML leaves out and that is called like a
+    key of ``train`` (``window``, ``noise``, ``half``, ...) is given the value of that key.
+    """
+
+    @abstractmethod
+    def prepare(self, data: TrainingData) -> tuple[Trainable, Dataset, Dataset]:
+        """The trainable, and its windows to train and to validate on. A model without parameters is only exported.
+
+        Raises:
+            UserError: settings that do not fit the data.
+        """
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """Within the context a ValueError of a model's constructor becomes one line for the user."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{error}: change the keys of trainable, or the grid of the data") from error

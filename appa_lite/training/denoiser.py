@@ -1,39 +1,19 @@
 """Training of the latent video diffusion model."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from appa_lite.core.covariance import estimate_covariance, localisation
+from appa_lite.core.errors import UserError
 from appa_lite.core.random import generator
 from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.models.denoiser import LatentDenoiser
-from appa_lite.training.base import SampleNoise, Trainable
-
-
-class LatentWindows(Dataset):
-    """Windows of latents: items {'latents': (T, Z, h, w), 'forcing': (T, P) if any, 'index'}.
-
-    Args:
-        latents: (N, T, Z, h, w) trajectories; forcing: (T, P) of every frame, or None; frames: of a window; stride: between starts.
-    """
-
-    def __init__(self, latents: Tensor, forcing: Tensor | None, frames: int, stride: int = 1):
-        if latents.shape[1] < frames:
-            raise ValueError(f"trajectories of {latents.shape[1]} latent frames are shorter than a window of {frames}")
-        self.latents, self.forcing, self.frames = latents, forcing, frames
-        self.starts = [(n, t) for n in range(latents.shape[0]) for t in range(0, latents.shape[1] - frames + 1, stride)]
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> dict:
-        n, t = self.starts[index]
-        item = {"latents": self.latents[n, t : t + self.frames], "index": index}
-        return item if self.forcing is None else item | {"forcing": self.forcing[t : t + self.frames]}
+from appa_lite.training.base import Recipe, SampleNoise, Trainable, fitting
+from appa_lite.training.data import LatentWindows, TrainingData
 
 
 @dataclass
@@ -84,6 +64,69 @@ class DenoiserTraining(Trainable):
         model = self.model.cpu()
         measure_residuals(model, self.test)
         replace(self.base, denoiser=model, settings=self.base.settings | self.settings).save(directory, self.half)
+
+
+@dataclass(frozen=True)
+class DenoiserRecipe(Recipe):
+    """The latent video diffusion model, on the latents of a trained autoencoder.
+
+    Args:
+        width, depth, heads, kernel, patch, spatial_attention, homogeneous, modes, lags: of ``LatentDenoiser``;
+        window, window_stride: latent frames; noise: ``low`` and ``high`` noise levels, and how many ``levels`` are measured;
+        localisation: latent cells, of the climatological covariance; half: store in half precision.
+    """
+
+    width: int = 96
+    depth: int = 6
+    heads: int = 4
+    kernel: int = 3
+    patch: Sequence[int] = (1, 1)
+    spatial_attention: bool = True
+    homogeneous: bool = False
+    modes: int = 1024
+    lags: int = 64
+    window: int = 8
+    window_stride: int = 1
+    noise: Mapping[str, float] = field(default_factory=lambda: {"low": 0.01, "high": 100.0, "levels": 12})
+    localisation: float | None = None
+    half: bool = False
+
+    def prepare(self, data: TrainingData) -> tuple[DenoiserTraining, LatentWindows, LatentWindows]:
+        if data.base is None:
+            raise UserError("trainable=denoiser needs autoencoder=DIR, the model directory of a trained autoencoder")
+        space = data.space()
+        windows, held = data.latent_windows(space, self.window, (self.window_stride, max(1, self.window // 4)))
+        model = self._model(space, windows.latents.flatten(2))
+        record = data.record | {"train_windows": len(windows)}
+        settings = {"denoiser": record, "window": self.window}
+        return DenoiserTraining(model, space, self.noise["low"], self.noise["high"], held, settings, self.half), windows, held
+
+    def _model(self, space: Checkpoint, latents: Tensor) -> LatentDenoiser:
+        """With the climatology of latents (N, T, D) installed."""
+        shape, periodic = space.autoencoder.latent_shape, space.spec.grid.periodic
+        levels = torch.logspace(*(torch.tensor(self.noise[k]).log10() for k in ("low", "high")), self.noise["levels"]).tolist()
+        lags, modes = min(self.lags, latents.shape[1]), min(self.modes, latents.shape[2])
+        with fitting():
+            model = LatentDenoiser(
+                shape,
+                self.window,
+                self.width,
+                self.depth,
+                self.heads,
+                self.kernel,
+                self.patch,
+                periodic,
+                self.spatial_attention,
+                self.homogeneous,
+                2 * len(space.settings["forcing_periods"]),
+                modes,
+                lags,
+                levels,
+            )
+        mean = latents.mean((0, 1))
+        taper = None if self.localisation is None else localisation(shape, periodic, self.localisation)
+        model.set_climatology(mean, estimate_covariance(latents - mean, model.covariance.modes, lags, taper))
+        return model
 
 
 @torch.no_grad()

@@ -1,11 +1,8 @@
 """Averages of the weights along the training."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def power_exponent(std: float) -> float:
@@ -20,18 +17,19 @@ def power_exponent(std: float) -> float:
 
 
 class WeightAverage:
-    """An exponential moving average of the parameters of a model; buffers are copied.
+    """An exponential moving average of the weights that this process holds, whole or in part: it is taken element by element.
 
     With ``decay`` None the average is EDM2's power function: decay (1 - 1/step)^(gamma + 1) at step 1, 2, ...; its
     memory is a fixed fraction of the steps done, so it needs no horizon and no warm-up.
+
+    Args:
+        weights: the tensors to average, by name, as they are before the first step.
     """
 
-    def __init__(self, model: nn.Module, std: float = 0.05, decay: float | None = None):
-        self.model = model
+    def __init__(self, weights: dict[str, Tensor], std: float = 0.05, decay: float | None = None):
         self.decay = decay
         self.gamma = power_exponent(std)
-        self.average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: value.detach().clone() for name, value in weights.items()}
 
     def beta(self, step: int) -> float:
         """The weight of the past at ``step`` (the first update is step 1)."""
@@ -40,32 +38,6 @@ class WeightAverage:
         return (1 - 1 / step) ** (self.gamma + 1)
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
+    def update(self, step: int, weights: dict[str, Tensor]) -> None:
         """Moves the average towards the weights that ``step`` optimiser steps have reached."""
-        averages = [self.average[name] for name in self._trained]
-        torch._foreach_lerp_(averages, list(self._trained.values()), 1 - self.beta(step))
-
-    @torch.no_grad()
-    def load(self, average: dict[str, Tensor]) -> None:
-        """Takes the average from what `state` returned."""
-        for name, value in self.average.items():
-            value.copy_(average[name])
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within the context the model holds the averaged weights."""
-        kept = {name: p.detach().clone() for name, p in self._trained.items()}
-        self._put(self.average)
-        try:
-            yield
-        finally:
-            self._put(kept)
-
-    @torch.no_grad()
-    def _put(self, values: dict[str, Tensor]) -> None:
-        for name, p in self._trained.items():
-            p.copy_(values[name])
-
-    def state(self) -> dict[str, Tensor]:
-        """The average, complete with the current buffers and frozen parameters."""
-        return {name: self.average[name] if name in self._trained else v.detach() for name, v in self.model.state_dict().items()}
+        torch._foreach_lerp_(list(self.average.values()), [weights[name] for name in self.average], 1 - self.beta(step))

@@ -1,6 +1,7 @@
 """The settings of a training, and the learning rate they imply."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from appa_lite.core.errors import UserError
@@ -22,7 +23,8 @@ class TrainingConfig:
         weight_decay: decoupled, on parameters with two or more dimensions.
         betas: of AdamW.
         clip: maximum norm of the gradient; None: no clipping.
-        ema: relative standard deviation of the power-function average of the weights (EDM2: 0.05 to 0.1).
+        ema: relative standard deviation of the power-function average of the weights (EDM2: 0.05 to 0.1), or a list of them: the
+            first becomes the model, the others models beside it.
         ema_decay: a constant decay per step instead.
         device: 'auto' (the GPU where there is one) or 'cpu'.
         precision: 'fp32', 'bf16' (forward passes autocast to bfloat16), or 'auto': bf16 on a GPU that has it, else fp32.
@@ -33,11 +35,14 @@ class TrainingConfig:
         keep: checkpoints kept.
         log_every: steps between rows of the log.
         workers: processes that load data, per training process; 0: none, best for data in memory.
+        prefetch: batches that each of them reads ahead.
         resident: keep data that is in memory on the GPU.
         time_limit: seconds of wall clock, over all resumptions. The schedule then follows the clock, so a training that the limit
             ends was annealed; without a limit it follows the steps and is deterministic.
         seed: of the data order and of all noise.
-        compile: compile the model.
+        compile: compile the model (its repeated blocks, where a strategy shards it).
+        checkpoint_activations: recompute the activations of every n-th block of the model in the backward pass; 0: keep all.
+        grace: seconds after SIGTERM at which the process ends even if it could not save.
     """
 
     steps: int | None = 10_000
@@ -50,7 +55,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float | None = 1.0
-    ema: float = 0.05
+    ema: float | Sequence[float] = 0.05
     ema_decay: float | None = None
     device: str = "auto"
     precision: str = "fp32"
@@ -61,10 +66,13 @@ class TrainingConfig:
     keep: int = 3
     log_every: int = 50
     workers: int = 0
+    prefetch: int = 2
     resident: bool = False
     time_limit: float | None = None
     seed: int = 0
     compile: bool = False
+    checkpoint_activations: int = 0
+    grace: float = 60.0
 
     def __post_init__(self):
         checks = (
@@ -78,12 +86,20 @@ class TrainingConfig:
             (self.device in ("auto", "cpu"), f"unknown device '{self.device}': choose auto or cpu"),
             (self.precision in ("fp32", "bf16", "auto"), f"unknown precision '{self.precision}': choose from fp32, bf16, auto"),
             (self.keep >= 1 and self.log_every >= 1, f"keep={self.keep} and log_every={self.log_every} must be at least 1"),
-            (0 < self.ema < 12**-0.5, f"ema={self.ema} must lie between 0 and 0.288"),
+            (self.lengths and all(0 < std < 12**-0.5 for std in self.lengths), f"ema={self.ema} must lie between 0 and 0.288"),
+            (self.prefetch >= 1 and self.workers >= 0, f"prefetch={self.prefetch} must be at least 1, workers={self.workers} not negative"),
+            (self.checkpoint_activations >= 0, f"checkpoint_activations={self.checkpoint_activations} must be 0, 1, 2, ..."),
+            (self.grace > 0, f"grace={self.grace} must be a positive number of seconds"),
             (self.ema_decay is None or 0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must lie in [0, 1)"),
         )
         for holds, message in checks:
             if not holds:
                 raise UserError(message)
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        """The averages of the weights that are kept."""
+        return (float(self.ema),) if isinstance(self.ema, int | float) else tuple(float(std) for std in self.ema)
 
     def progress(self, step: int, seconds: float) -> float:
         """The part of the training that is done: 1 when it ends."""

@@ -38,6 +38,8 @@ class Sums:
     @staticmethod
     def concat(parts: Sequence["Sums"], dim: str = "case") -> "Sums":
         """The sums of parts that hold different cases."""
+        if len(parts) == 1:
+            return parts[0]
         return Sums(xr.concat([p.total for p in parts], dim), xr.concat([p.weight for p in parts], dim))
 
     def pooled(self) -> "Sums":
@@ -107,6 +109,11 @@ def variance(forecast: xr.DataArray) -> xr.DataArray:
     if MOMENT in forecast.dims:
         return forecast.sel({MOMENT: "std"}, drop=True) ** 2
     return xr.full_like(center(forecast), np.nan, dtype=np.float64)
+
+
+def ensemble_valid(forecast: xr.DataArray) -> xr.DataArray:
+    """Where every member, or moment, has a value."""
+    return np.isfinite(forecast).all([d for d in (NUMBER, MOMENT) if d in forecast.dims])
 
 
 def members(forecast: xr.DataArray) -> float:

@@ -44,8 +44,9 @@ def persistence_forecast(initial: xr.DataArray, cases: Cases) -> xr.DataArray | 
 
 def initial_states(forecast: xr.DataArray, truth: xr.DataArray | None) -> xr.DataArray | None:
     """What persistence persists: the truth at the initial time, else the forecast's own mean at lead zero; (time, grid)."""
-    if truth is not None:
+    if truth is not None and "prediction_timedelta" not in truth.dims:
         return truth
+    forecast = forecast if truth is None else truth
     if "prediction_timedelta" not in forecast.dims or np.timedelta64(0, "ns") not in forecast["prediction_timedelta"].values:
         return None
     start = forecast.sel(prediction_timedelta=np.timedelta64(0, "ns"), drop=True)

@@ -1,5 +1,7 @@
 """Confidence intervals of scores whose cases follow each other in time."""
 
+from functools import lru_cache
+
 import numpy as np
 
 
@@ -21,6 +23,7 @@ def block_length(series: np.ndarray) -> int:
     return int(np.clip(length, 1, max(n // 4, 1)))
 
 
+@lru_cache(maxsize=16)  # every lead of every variable draws the same
 def multiplicities(n: int, block: int, replicates: int, seed: int) -> np.ndarray:
     """How often each of n successive cases is drawn in each replicate (replicates, n), by a moving block bootstrap.
 
@@ -31,17 +34,21 @@ def multiplicities(n: int, block: int, replicates: int, seed: int) -> np.ndarray
     starts = generator.integers(0, n, size=(replicates, -(-n // block)))
     drawn = ((starts[:, :, None] + np.arange(block)) % n).reshape(replicates, -1)[:, :n]
     drawn = drawn + n * np.arange(replicates)[:, None]
-    return np.bincount(drawn.ravel(), minlength=n * replicates).reshape(replicates, n).astype(np.float64)
+    counts = np.bincount(drawn.ravel(), minlength=n * replicates).reshape(replicates, n).astype(np.float64)
+    counts.flags.writeable = False
+    return counts
 
 
 def interval(replicates: np.ndarray, confidence: float = 0.9) -> tuple[float | None, float | None]:
     """The central interval of bootstrap replicates; (None, None) when there are none."""
     values = np.asarray(replicates, dtype=np.float64)
-    values = values[np.isfinite(values)]
+    values = np.sort(values[np.isfinite(values)])
     if values.size < 20:
         return None, None
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(values, [tail, 100 - tail])
+    place = (values.size - 1) * (1 - confidence) / 2
+    below, part = int(place), place % 1
+    low = values[below] + part * (values[below + 1] - values[below])
+    high = values[-1 - below] + part * (values[-2 - below] - values[-1 - below])
     return float(low), float(high)
 
 

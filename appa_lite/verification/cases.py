@@ -91,15 +91,27 @@ def gather(array: xr.DataArray, cases: Cases) -> xr.DataArray:
         out = array.isel(time=rows).drop_vars("time").rename(time="case")
         return out.transpose("case", ...)
     columns = pd.TimedeltaIndex(array["prediction_timedelta"].values).get_indexer(pd.TimedeltaIndex(cases.lead))
-    parts = [
-        array.isel(time=int(row), prediction_timedelta=columns[rows == row]).drop_vars(["time", "prediction_timedelta"])
-        for row in pd.unique(rows)  # cases are ordered by time
-    ]
-    return xr.concat([p.rename(prediction_timedelta="case") for p in parts], "case").transpose("case", ...)
+    array = array.transpose("time", "prediction_timedelta", ...)
+    values = np.concatenate(  # one initial time at a time: what is on disk is read no further than it must be
+        [
+            array.isel(time=int(row), prediction_timedelta=columns[rows == row]).values for row in pd.unique(rows)
+        ]  # cases are ordered by time
+    )
+    kept = {
+        n: c
+        for n, c in array.coords.items()
+        if not set(c.dims) & {"time", "prediction_timedelta"} and n not in ("time", "prediction_timedelta")
+    }
+    return xr.DataArray(values, dims=("case", *array.dims[2:]), coords=kept, name=array.name, attrs=array.attrs)
 
 
 def truth_at(truth: xr.DataArray, cases: Cases) -> xr.DataArray:
-    """The truth (case, grid) at the valid times of cases, with the cases' coordinates; NaN where it has no such time."""
+    """The truth (case, grid) at the valid times of cases, with the cases' coordinates; NaN where it has no such time.
+
+    A truth with leads of its own is read at the cases themselves.
+    """
+    if "prediction_timedelta" in truth.dims:
+        return gather(truth, cases).assign_coords(cases.coords())
     rows = pd.DatetimeIndex(truth["time"].values).get_indexer(pd.DatetimeIndex(cases.valid))
     out = truth.isel(time=np.maximum(rows, 0)).drop_vars("time").rename(time="case").transpose("case", ...)
     return out.where(xr.DataArray(rows >= 0, dims="case")).assign_coords(cases.coords())
@@ -107,7 +119,8 @@ def truth_at(truth: xr.DataArray, cases: Cases) -> xr.DataArray:
 
 def known_to(truth: xr.Dataset, cases: Cases) -> Cases:
     """The cases whose valid time the truth holds."""
-    kept = cases[np.isin(cases.valid, truth["time"].values.astype("datetime64[ns]"))]
+    own = "prediction_timedelta" in truth.dims
+    kept = cases[cases.keys().isin(Cases.of(truth).keys()) if own else np.isin(cases.valid, truth["time"].values.astype("datetime64[ns]"))]
     if not len(kept):
         times = truth["time"].values
         period = f"{str(times[0])[:16]} to {str(times[-1])[:16]}"

@@ -5,29 +5,62 @@ import pandas as pd
 import xarray as xr
 
 from appa_lite.verification.base import Sums
+from appa_lite.verification.bootstrap import block_length
 from appa_lite.verification.cases import Cases
+from appa_lite.verification.extremes import COST_LOSS, Threshold, economic_value, independent_events, split
+from appa_lite.verification.reliability import claim, design_effect, reliability
+from appa_lite.verification.spectra import Box
+from appa_lite.verification.tally import Against, Tally, series
 
 MOST_LEADS = 6
 
 
 class Details:
-    """Collects, system by system, and returns ``{kind, series, ranks, spectra, stations}``: lists of flat mappings.
+    """Collects, variable by variable, and returns lists of flat mappings, and ``kind``: truth or observations.
 
     series: ``system, variable, time, lead_time, rmse, spread``, one value per case. ranks: ``system, variable, lead_time,
     frequencies``. spectra: ``system, variable, lead_time, wavenumber, unit, members, mean?, truth``. stations: ``system,
-    variable, station, time, observation, mean, std``.
+    variable, station, time, observation, mean, std``. reliability: ``system, variable, lead_time, threshold, value, events,
+    independent_events, claim, probability, observed, expected, low, high, share``. economic_value: ``system, variable, lead_time,
+    threshold, value, events, independent_events, cost_loss, economic_value``. notes: ``variable, note``.
     """
 
-    def __init__(self, kind: str):
-        self.kind = kind
-        self.found: dict[str, list[dict]] = {"series": [], "ranks": [], "spectra": [], "stations": []}
+    def __init__(self, against: Against, block: int | None = None):
+        self.kind, self.cases, self.against, self.block = against.kind, against.cases, against, block
+        names = ("series", "ranks", "spectra", "stations", "reliability", "economic_value", "notes")
+        self.found: dict[str, list[dict]] = {name: [] for name in names}
 
     def to_dict(self) -> dict:
         return {"kind": self.kind, **self.found}
 
-    def add(self, system: str, variable: str, sums: dict[str, Sums], cases: Cases) -> None:
-        """The curves that follow from a system's sums over all cases."""
-        per_case = {key: _ratio(sums[key]) for key in ("squared_error", "variance") if key in sums}
+    def add(self, tally: Tally, box: Box | None) -> None:
+        """The curves that follow from the sums over all cases; ``box`` is where spectra are of."""
+        if box is not None and box.note:
+            self.found["notes"].append({"variable": tally.variable, "note": box.note})
+        for system, sums in tally.sums.items():
+            self._curves(system, tally.variable, sums, self.cases)
+            for lead, index in _some_leads(self.cases):
+                for t in tally.thresholds:
+                    self._extremes({"system": system, "variable": tally.variable, "lead_time": lead}, sums, t, index)
+
+    def _extremes(self, where: dict, sums: dict[str, Sums], threshold: Threshold, index: np.ndarray) -> None:
+        joint = split(sums[f"contingency_{threshold.label}"].total.values[index])
+        events = sums[f"events_{threshold.label}"]
+        total, compared = events.total.values[index], float(events.weight.values[index].sum())
+        block = self.block or block_length(series(sums["squared_error"], index))
+        value = float(threshold.value) if threshold.value.ndim == 0 else None
+        where |= {"threshold": threshold.label, "value": value, "events": int(total.sum())}
+        where |= {"independent_events": independent_events(total, block)}
+        curve = economic_value(joint.sum(0), COST_LOSS)
+        self.found["economic_value"].append(where | {"cost_loss": COST_LOSS.tolist(), "economic_value": _plain(curve)})
+        if joint.shape[-1] > 2:
+            effect = design_effect(joint, block)
+            curves = {key: _plain(v) for key, v in reliability(joint, block).items()}
+            known = claim(joint.sum() / effect, total.sum() / max(compared, 1.0))
+            self.found["reliability"].append(where | {"claim": known, **curves})
+
+    def _curves(self, system: str, variable: str, sums: dict[str, Sums], cases: Cases) -> None:
+        per_case = {key: series(sums[key]) for key in ("squared_error", "variance") if key in sums}
         self.found["series"].append(
             {
                 "system": system,
@@ -47,8 +80,9 @@ class Details:
                 curves = {k: _plain(_pooled(sums[f"spectrum_{k}"], index)) for k in ("members", "truth")}
                 self.found["spectra"].append(where | {"wavenumber": _plain(axis.values), "unit": axis.attrs.get("units", ""), **curves})
 
-    def stations(self, system: str, variable: str, forecast: xr.DataArray, truth: xr.DataArray, against) -> None:
+    def stations(self, system: str, variable: str, forecast: xr.DataArray, truth: xr.DataArray) -> None:
         """Time series at the observations' stations; the standard deviation includes the observation's error."""
+        against = self.against
         if against.kind != "observations" or "station" not in against.rows:
             return
         mean, std = against.envelope(forecast, truth)
@@ -71,11 +105,6 @@ class Details:
                     "std": _plain(std[at]),
                 }
             )
-
-
-def _ratio(sums: Sums) -> np.ndarray:
-    total, weight = sums.total.values, sums.weight.values
-    return np.divide(total, weight, out=np.full(total.shape, np.nan), where=weight > 0)
 
 
 def _pooled(sums: Sums, index: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ NAMES = {
     "longitude": ("lon", "nav_lon"),
     NUMBER: ("member", "ensemble", "realization", "ensemble_member"),
     "prediction_timedelta": ("lead_time", "step", "lead", "forecast_period"),
+    "time": ("init_time", "initial_time", "forecast_reference_time", "reference_time"),
     "level": ("isobaricInhPa", "pressure_level", "plev"),
 }
 REACH = 1.5  # cells

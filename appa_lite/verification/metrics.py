@@ -1,11 +1,12 @@
 """The metrics: functions of mean statistics. All but the Gaussian CRPS take ensembles, most take any forecast."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 
 from appa_lite.verification.base import Metric
-from appa_lite.verification.spectra import Spectrum
+from appa_lite.verification.spectra import Spectrum, correlation_length
 from appa_lite.verification.statistics import CRPS, AbsoluteError, Error, PredictedSquaredError, Ranks, SquaredError, Variance
 
 Means = Mapping[str, np.ndarray]
@@ -86,30 +87,69 @@ class RankShape(Metric):
         self.degree, self.name, self.statistics = degree, {1: "rank_slope", 2: "rank_u"}[degree], (Ranks(seed),)
 
     def value(self, means: Means) -> np.ndarray:
-        ratio = means["ranks"] * means["ranks"].shape[-1]
-        position = (2 * np.arange(ratio.shape[-1]) + 1) / ratio.shape[-1] - 1
-        basis = np.polynomial.legendre.legvander(position, min(2, ratio.shape[-1] - 1))
-        if self.degree >= basis.shape[1]:
-            return np.full(ratio.shape[:-1], np.nan)
-        return (ratio @ np.linalg.pinv(basis).T)[..., self.degree]
+        bins = means["ranks"].shape[-1]
+        if self.degree >= bins:
+            return np.full(means["ranks"].shape[:-1], np.nan)
+        return means["ranks"] @ _contrasts(bins)[self.degree]
 
 
-class PowerRatio(Metric):
+@lru_cache(maxsize=64)
+def _contrasts(bins: int) -> np.ndarray:
+    """What takes frequencies (bins,) to the coefficients of P0, P1, P2 in least squares, (degrees, bins)."""
+    position = (2 * np.arange(bins) + 1) / bins - 1
+    return bins * np.linalg.pinv(np.polynomial.legendre.legvander(position, min(2, bins - 1)))
+
+
+class _Spectral(Metric):
+    """A comparison of the members' mean spectrum with the truth's."""
+
+    def __init__(self, periodic: tuple[bool, ...], part: tuple[np.ndarray, ...] = ()):
+        self.periodic = periodic
+        self.statistics = (Spectrum("members", periodic, part), Spectrum("truth", periodic, part))
+
+
+class PowerRatio(_Spectral):
     """Power of the members over the truth's in the shorter half of the resolved wavelengths: one for realistic texture."""
 
     name = "power_ratio_small"
 
-    def __init__(self, periodic: tuple[bool, ...]):
-        self.statistics = (Spectrum("members", periodic), Spectrum("truth", periodic))
-
     def value(self, means: Means) -> np.ndarray:
         half = means["spectrum_truth"].shape[-1] // 2
-        return means["spectrum_members"][..., half:].sum(-1) / means["spectrum_truth"][..., half:].sum(-1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return means["spectrum_members"][..., half:].sum(-1) / means["spectrum_truth"][..., half:].sum(-1)
 
 
-def standard(seed: int = 0, ensemble: bool = True, periodic: tuple[bool, ...] | None = None) -> tuple[Metric, ...]:
-    """The metrics of ``verify``: those that need members for ensembles only, those that need whole fields given ``periodic``."""
+class LogSpectralDistance(_Spectral):
+    """sqrt(mean_k (10 log10(E_members(k) / E_truth(k)))^2), in decibels: zero for the truth's spectrum, at every scale alike.
+
+    Gray and Markel 1976, https://doi.org/10.1109/TASSP.1976.1162849. Wavenumbers without power in the truth are left out.
+    """
+
+    name = "log_spectral_distance"
+
+    def value(self, means: Means) -> np.ndarray:
+        members, truth = means["spectrum_members"], means["spectrum_truth"]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            decibels = 10 * np.log10(np.where(truth > 1e-14 * truth.max(-1, keepdims=True), members / truth, np.nan))
+        known = ~np.isnan(decibels)
+        return np.sqrt(np.where(known, np.square(decibels), 0.0).sum(-1) / np.where(known.any(-1), known.sum(-1), np.nan))
+
+
+class CorrelationLength(_Spectral):
+    """The members' correlation length over the truth's: below one for fields that are too rough, above for too smooth ones."""
+
+    name = "correlation_length_ratio"
+
+    def value(self, means: Means) -> np.ndarray:
+        lengths = [correlation_length(means[f"spectrum_{k}"], len(self.periodic)) for k in ("members", "truth")]
+        return lengths[0] / lengths[1]
+
+
+def standard(
+    seed: int = 0, ensemble: bool = True, periodic: tuple[bool, ...] | None = None, part: tuple[np.ndarray, ...] = ()
+) -> tuple[Metric, ...]:
+    """The metrics of ``verify``: those that need members for ensembles only, spectral ones given ``periodic`` (and a ``part``)."""
     metrics = [RMSE(), Bias(), MAE(), FairCRPS(seed), Spread(), SpreadSkill()]
     metrics += [RankShape(1, seed), RankShape(2, seed)] if ensemble else []
-    metrics += [PowerRatio(periodic)] if periodic is not None else []
+    metrics += [kind(periodic, part) for kind in (PowerRatio, LogSpectralDistance, CorrelationLength)] if periodic is not None else []
     return tuple(metrics)

@@ -8,10 +8,11 @@ import xarray as xr
 
 from appa_lite.core.errors import UserError
 from appa_lite.verification import baselines
-from appa_lite.verification.base import center, variance
+from appa_lite.verification.base import center, ensemble_valid, variance
 from appa_lite.verification.cases import Slots, check_grid, common_cases, gather, known_to, truth_at
 from appa_lite.verification.grid import MOMENT, NUMBER, grid_dims, periodicity, standardise
 from appa_lite.verification.kriging import krige_table
+from appa_lite.verification.spectra import Box, spectral_box
 from appa_lite.verification.stations import predict, tidy, truth_of
 
 Pairs = Iterator[tuple[xr.DataArray, xr.DataArray]]
@@ -64,16 +65,23 @@ class TruthPairs:
             elif name == "climatology":
                 forecast = baselines.climatology_forecast(self.climatology, variable, cases)
             else:
-                forecast = baselines.persistence_forecast(self.truth[variable], cases)
+                initial = baselines.initial_states(self.truth[variable], self.truth[variable])
+                forecast = None if initial is None else baselines.persistence_forecast(initial, cases)
             if forecast is None:
                 return
             truth = truth_at(self.truth[variable], cases).load()
             yield _aligned(forecast, truth, dims), truth
 
-    def whole(self, truth: xr.DataArray) -> tuple[bool, ...] | None:
-        """The grid's periodicity where spectra make sense: no missing cell, no short axis."""
+    def box(self, variable: str) -> Box:
+        """The cells that spectra are computed on: those that the truth and every forecast have, at their first time."""
+        truth = truth_at(self.truth[variable], self.cases[:1])
         dims = grid_dims(truth)
-        return self.periodic if truth.sizes[dims[-1]] >= 8 and not bool(truth.isnull().any()) else None
+        known = np.isfinite(truth).transpose("case", *dims).values[0]
+        for dataset in self.systems.values():
+            if variable in dataset:
+                first = gather(dataset[variable], self.cases[:1])
+                known = known & ensemble_valid(first).transpose("case", *dims).values[0]
+        return spectral_box(known, self.periodic)
 
 
 def _aligned(forecast: xr.DataArray, truth: xr.DataArray, dims: tuple[str, ...]) -> xr.DataArray:
@@ -117,7 +125,7 @@ class ObservationPairs:
             truth = self.truth.drop_vars("error_std") if name == "kriging" else self.truth
             yield self._predictions[name], truth
 
-    def whole(self, truth: xr.DataArray) -> None:
+    def box(self, variable: str) -> None:
         """Observations have no spectrum."""
 
     def _prepare(self, variable: str) -> None:

@@ -133,13 +133,15 @@ class Ranks(Statistic):
         count, n = int(np.prod([truth.sizes[d] for d in cases])), forecast.sizes[NUMBER]
         x = forecast.transpose(*cases, NUMBER, *cells).values.reshape(count, n, -1)
         y, w = (a.values.reshape(count, -1) for a in (truth, weights))
-        total, weight = np.zeros((count, n + 1)), np.zeros(count)
-        for k, generator in enumerate(generators(truth, self.seed + 1)):
-            ties = (x[k] == y[k]).sum(0)
-            rank = (x[k] < y[k]).sum(0) + np.floor(generator.random(ties.shape) * (ties + 1)).astype(np.int64)
-            valid = np.isfinite(y[k]) & np.isfinite(x[k]).all(0)
-            total[k] = np.bincount(rank[valid], w[k][valid], minlength=n + 1)
-            weight[k] = w[k][valid].sum()
+        rank, ties = (x < y[:, None]).sum(1), (x == y[:, None]).sum(1)
+        tied = np.flatnonzero(ties.any(1))
+        draw = generators(truth, self.seed + 1) if tied.size else []
+        for k in tied:
+            rank[k] += np.floor(draw[k].random(ties[k].shape) * (ties[k] + 1)).astype(np.int64)
+        valid = np.isfinite(y) & np.isfinite(x).all(1)
+        slot = (rank + (n + 1) * np.arange(count)[:, None])[valid]
+        total = np.bincount(slot, w[valid], minlength=count * (n + 1)).reshape(count, n + 1)
+        weight = np.where(valid, w, 0.0).sum(1)
         coords = {name: c for name, c in truth.coords.items() if set(c.dims) <= set(cases)}
         shape = [truth.sizes[d] for d in cases]
         return Sums(

@@ -3,13 +3,15 @@
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from appa_lite.core.errors import UserError
+from appa_lite.verification.views import viewed
 
 COLUMNS = ("system", "variable", "metric", "lead_time", "value", "low", "high", "count")
 SHOWN = ("rmse", "crps_fair", "spread_skill", "bias", "rank_slope", "rank_u")
+SHOWN_OF_VIEWS = ("crps_fair", "spread_skill", "rank_u")
 Record = dict[str, object]
 
 
@@ -56,11 +58,33 @@ def format_number(value: object) -> str:
 
 
 def format_table(records: list[Record], most_leads: int = 5) -> str:
-    """A readable table: a block per variable and lead, a row per system, a column per metric with its interval."""
-    chosen, lines = leads(records, most_leads), []
+    """Readable tables: of the fields, of views of them, of extremes; a block per variable and lead, a row per system."""
+    chosen = leads(records, most_leads)
+    plain = [r for r in records if not viewed(str(r["variable"]))[1]]
+    views = [r for r in records if viewed(str(r["variable"]))[1]]
+    lines = _table(plain, chosen, SHOWN)
+    if views:
+        lines += ["", "means over neighbours, energy, gradients", *_table(views, chosen[-1:], SHOWN_OF_VIEWS)]
+    labels = dict.fromkeys(str(r["metric"]).removeprefix("events_") for r in records if str(r["metric"]).startswith("events_"))
+    for label in labels:
+        columns = [f"{name}_{label}" for name in ("twcrps", "brier", "rev", "events", "independent_events")]
+        lines += ["", f"exceedances of the {label[1:]} % quantile of the training climatology", *_table(records, chosen, columns)]
+    differences = [r for r in plain if "_minus_" in r["metric"] and r["lead_time"] in chosen and r["low"] is not None]
+    if differences:
+        lines += ["", "paired differences, negative where the first is better"]
+    for r in differences:
+        lead = f", {duration(r['lead_time'])}" if r["lead_time"] is not None else ""
+        metric, other = str(r["metric"]).split("_minus_")
+        lines.append(f"  {r['variable']}{lead}: {metric} of {r['system']} minus {other}: {_cell(r)}")
+    return "\n".join(lines)
+
+
+def _table(records: list[Record], chosen: list[float | None], shown: Sequence[str]) -> list[str]:
+    """A row per variable, lead and system that has one of the metrics; metrics that nobody has are left out."""
     lookup = {(r["variable"], r["lead_time"], r["system"], r["metric"]): r for r in records}
     systems = list(dict.fromkeys(r["system"] for r in records))
-    columns = [m for m in SHOWN if any(r["metric"] == m for r in records)]
+    found = {r["metric"] for r in records}
+    columns, lines = [m for m in shown if m in found], []
     rows = [["", "", *columns]]
     for variable in dict.fromkeys(r["variable"] for r in records):
         for lead in chosen:
@@ -74,14 +98,7 @@ def format_table(records: list[Record], most_leads: int = 5) -> str:
     for row in rows:
         lines += [""] if row[0] else []
         lines.append("  ".join([f"{row[0]:<{widths[0]}}", f"{row[1]:<{widths[1]}}", *map(str.rjust, row[2:], widths[2:])]))
-    differences = [r for r in records if "_minus_" in r["metric"] and r["lead_time"] in chosen and r["low"] is not None]
-    if differences:
-        lines += ["", "paired differences, negative where the first is better"]
-    for r in differences:
-        lead = f", {duration(r['lead_time'])}" if r["lead_time"] is not None else ""
-        metric, other = str(r["metric"]).split("_minus_")
-        lines.append(f"  {r['variable']}{lead}: {metric} of {r['system']} minus {other}: {_cell(r)}")
-    return "\n".join(lines)
+    return lines
 
 
 def _cell(record: Record | None) -> str:

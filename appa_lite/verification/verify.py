@@ -1,7 +1,7 @@
 """Scores of forecasts and analyses against a truth or against observations, beside baselines, in one tidy table."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -10,15 +10,18 @@ import pandas as pd
 import xarray as xr
 
 from appa_lite.core.errors import UserError
-from appa_lite.verification.base import Metric, Sums
-from appa_lite.verification.bootstrap import block_length, interval, multiplicities
+from appa_lite.verification.base import Sums
 from appa_lite.verification.cases import Cases
 from appa_lite.verification.details import Details
-from appa_lite.verification.grid import NUMBER, standardise
-from appa_lite.verification.metrics import standard
+from appa_lite.verification.grid import standardise
 from appa_lite.verification.pairs import ObservationPairs, TruthPairs
-from appa_lite.verification.statistics import Count
-from appa_lite.verification.tables import COLUMNS, Record
+from appa_lite.verification.resampling import Group, Resampling
+from appa_lite.verification.tables import Record
+from appa_lite.verification.tally import Against, Tally, energy_tally, tallies
+from appa_lite.verification.thresholds import QUANTILES, check_quantiles
+from appa_lite.verification.views import Energy, parse, winds
+
+COMPARED = ("rmse", "crps_fair", "twcrps", "brier")  #: what is compared in pairs
 
 
 @dataclass
@@ -38,6 +41,9 @@ class Verification:
         confidence: of the intervals.
         block: cases per bootstrap block; null: from the autocorrelation of the squared error.
         spectra: whether to compute power spectra.
+        views: transformations of fields that are scored too: ``mean2, mean5, ...`` (over so many neighbours), ``energy``,
+            ``gradient``.
+        quantiles: of the training climatology, at which extremes are scored where thresholds are given.
         lapse_rates: kriging's lapse rate (units per metre) per variable; null: 6.5 K/km for 2 m temperature.
     """
 
@@ -47,12 +53,15 @@ class Verification:
         confidence: float = 0.9,
         block: int | None = None,
         spectra: bool = True,
+        views: Sequence[str] = (),
+        quantiles: Sequence[float] = QUANTILES,
         lapse_rates: dict | None = None,
     ):
         if replicates < 20 or not 0 < confidence < 1 or (block is not None and block < 1):
             raise UserError("verification needs replicates >= 20, 0 < confidence < 1 and block >= 1 (or null)")
         self.replicates, self.confidence, self.block = replicates, confidence, block
-        self.spectra, self.lapse_rates = spectra, lapse_rates
+        check_quantiles(quantiles)
+        self.spectra, self.views, self.quantiles, self.lapse_rates = spectra, parse(views), tuple(quantiles), lapse_rates
 
     def evaluate(
         self,
@@ -65,17 +74,20 @@ class Verification:
         kriging_fit: pd.DataFrame | None = None,
         trajectory: int = 0,
         seed: int = 0,
+        thresholds: xr.Dataset | None = None,
     ) -> Scores:
         """Scores of every system and baseline, on the cases that all systems share.
 
         Args:
             systems: forecasts (time, prediction_timedelta, number, grid) or analyses (time, number, grid) by name; an
                 ensemble, a Gaussian (dimension ``moment``) or a single state. The first is compared with each other in pairs.
-            truth: (time, grid), or (trajectory, time, grid) of which ``trajectory`` is taken; or else
+            truth: (time, grid), (trajectory, time, grid) of which ``trajectory`` is taken, or like a forecast (time,
+                prediction_timedelta, grid); or else
             observations: an observation table; its errors are accounted for.
             variables: which; default all that both sides have.
             climatology: ``<name>`` and ``<name>_std`` per cell, by ``hour``, ``dayofyear`` or ``month`` if it has these.
             kriging: a table of station reports to interpolate; ``kriging_fit`` what its variogram is fitted on.
+            thresholds: quantiles of the training climatology, ``climatological_quantiles(training)``; None: no extremes.
 
         Raises:
             UserError: nothing in common in time, variables or grid.
@@ -91,65 +103,43 @@ class Verification:
             if truth is not None
             else ObservationPairs(systems, observations, climatology, kriging, kriging_fit, self.lapse_rates)
         )
-        details, records = Details(against.kind), []
-        for variable in against.variables(variables):
-            records += self._variable(against, variable, details, seed)
+        details, records = Details(against, self.block), []
+        pairs = [(next(iter(systems)), other) for other in against.names]
+        for tally in self.tallies(against, against.variables(variables), thresholds, seed, details):
+            records += self._records(tally, grouped(against.cases), pairs, seed)
         if not records:
             raise UserError("nothing could be compared: no cell or observation has both a forecast and a truth")
         return Scores(records, details.to_dict())
 
-    def _variable(self, against: TruthPairs | ObservationPairs, variable: str, details: Details, seed: int) -> list[Record]:
-        sums: dict[str, dict[str, Sums]] = {}
-        metrics: dict[str, tuple[Metric, ...]] = {}
-        for name in against.names:
-            parts: dict[str, list[Sums]] = {}
-            for forecast, truth in against.pairs(name, variable):
-                periodic = against.whole(truth) if self.spectra else None
-                metrics[name] = standard(seed, forecast.sizes.get(NUMBER, 0) > 1, periodic)
-                every = {s.name: s for m in metrics[name] for s in m.statistics} | {"count": Count()}
-                for key, statistic in every.items():
-                    parts.setdefault(key, []).append(statistic.compute(forecast, truth))
-                details.stations(name, variable, forecast, truth, against)
-            if parts:
-                sums[name] = {key: Sums.concat(chunks) for key, chunks in parts.items()}
-                details.add(name, variable, sums[name], against.cases)
+    def tallies(
+        self, against: Against, variables: Sequence[str], thresholds: xr.Dataset | None, seed: int, details: Details | None = None
+    ) -> Iterator[Tally]:
+        """The sums of every variable, of its views, and of the kinetic energy where both components of a velocity are there."""
+        energies = winds(variables) if any(isinstance(v, Energy) for v in self.views) else {}
+        components = {n for wind in energies.values() for n in wind}
+        for variable in variables:
+            box = against.box(variable) if self.spectra else None
+            views = [v for v in self.views if not (isinstance(v, Energy) and variable in components)]
+            found = tallies(against, variable, views, thresholds, seed, box, None if details is None else details.stations)
+            for name, sums in found[0].sums.items() if found and found[0].variable == variable else ():
                 if name in against.systems:
-                    _warn_missing(name, variable, sums[name]["count"])
-        records = []
-        for lead, index in _groups(against.cases):
-            records += self._group(variable, lead, index, sums, metrics, seed)
-        return records
+                    _warn_missing(name, variable, sums["count"])
+            if details is not None and found:
+                details.add(found[0], box)
+            yield from found
+        for name, wind in energies.items():
+            tally = energy_tally(against, name, wind, Energy(), thresholds, seed)
+            if tally.sums:
+                yield tally
 
-    def _group(self, variable: str, lead: float | None, index: np.ndarray, sums: dict, metrics: dict, seed: int) -> list[Record]:
-        """The records of one variable and lead; all systems are resampled alike, so that differences are paired."""
-        records, replicates = [], {}
-        counts = None
-        for name, statistics in sums.items():
-            here = {key: (s.total.values[index], s.weight.values[index]) for key, s in statistics.items()}
-            compared = int(here["count"][0].sum())
-            if not compared:
-                continue
-            if counts is None and len(index) >= 3:
-                total, weight = here["squared_error"]
-                series = np.divide(total, weight, out=np.full(len(total), np.nan), where=weight > 0)
-                counts = multiplicities(len(index), self.block or block_length(series), self.replicates, seed)
-            for metric in metrics[name]:
-                value = metric.value({s.name: _mean(*here[s.name]) for s in metric.statistics})
-                if not np.isfinite(value):
-                    continue
-                low = high = None
-                if counts is not None:
-                    drawn = metric.value({s.name: _mean(*here[s.name], counts) for s in metric.statistics})
-                    replicates[name, metric.name] = float(value), drawn
-                    low, high = interval(drawn, self.confidence)
-                records.append(_record(name, variable, metric.name, lead, float(value), low, high, compared))
-        first = next(iter(sums), None)
-        for (name, metric), (value, drawn) in replicates.items():
-            if name != first and metric in ("rmse", "crps_fair") and (first, metric) in replicates:
-                ours, ours_drawn = replicates[first, metric]
-                low, high = interval(ours_drawn - drawn, self.confidence)
-                records.append(_record(first, variable, f"{metric}_minus_{name}", lead, ours - value, low, high, len(index)))
-        return records
+    def _records(
+        self, tally: Tally, groups: list[tuple[float | None, np.ndarray]], pairs: Sequence[tuple[str, str]], seed: int
+    ) -> list[Record]:
+        how, out = Resampling(self.replicates, self.confidence, self.block, seed), []
+        for lead, index in groups:
+            group = Group(tally, lead, index, how)
+            out += group.scores() + group.differences(pairs, COMPARED)
+        return out
 
 
 def score(
@@ -159,21 +149,8 @@ def score(
     return Verification().evaluate(systems, truth, observations, **choices).records
 
 
-def _mean(total: np.ndarray, weight: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
-    """sum_c n_c total_c / sum_c n_c weight_c, (replicates, [bins]); n_c = 1 without counts."""
-    if counts is None:
-        counts = np.ones(len(weight))
-    above, below = counts @ total, counts @ weight
-    below = below[..., None] if above.ndim > np.ndim(below) else below
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return above / below
-
-
-def _record(system, variable, metric, lead, value, low, high, count) -> Record:
-    return dict(zip(COLUMNS, (system, variable, metric, lead, value, low, high, count), strict=True))
-
-
-def _groups(cases: Cases) -> list[tuple[float | None, np.ndarray]]:
+def grouped(cases: Cases) -> list[tuple[float | None, np.ndarray]]:
+    """The cases of every lead, None for analyses."""
     if not cases.forecasts:
         return [(None, np.arange(len(cases)))]
     return [(float(s), np.flatnonzero(cases.seconds == s)) for s in np.unique(cases.seconds)]

@@ -1,0 +1,126 @@
+"""What a training learns from: fields, their climatology, and the latents of an autoencoder."""
+
+from dataclasses import dataclass, replace
+
+import torch
+import xarray as xr
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from appa_lite.core.errors import UserError
+from appa_lite.core.fields import FieldSpec
+from appa_lite.models.checkpoint import Checkpoint
+from appa_lite.models.identity import IdentityAutoencoder
+from appa_lite.models.normalizer import Normalizer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some trajectories: fields (N, T, C, H, W) in physical units, times (T,) in seconds since 1970."""
+
+    fields: Tensor
+    times: Tensor
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What every recipe is given.
+
+    Args:
+        spec: of the fields; train: to learn from; held: never trained on; base: checkpoint of a trained autoencoder, or None.
+        normalizer: settings of one to be fitted: ``periods``, and by variable ``transforms`` and ``offsets``.
+        settings: stored with the model: experiment, forcing periods, phase of the frames; record: seed and settings of the training.
+    """
+
+    spec: FieldSpec
+    train: Sample
+    held: Sample
+    base: Checkpoint | None
+    normalizer: dict
+    settings: dict
+    record: dict
+
+    def fit_normalizer(self) -> Normalizer:
+        """The normaliser of the settings, with the climatology of the training fields."""
+        pick = [
+            [self.normalizer[key].get(name, default) for name in self.spec.names]
+            for key, default in (("transforms", "identity"), ("offsets", 1.0))
+        ]
+        fresh = Normalizer(self.spec.shape, list(self.normalizer["periods"]), *pick, self.spec.grid.periodic)
+        return fresh.fit(self.train.fields, self.train.times, self.spec.mask_tensor())
+
+    def space(self) -> Checkpoint:
+        """The latent space to work in: that of the autoencoder given, else normalised fields as they are."""
+        statistics = climatology(self.spec, self.train.fields)
+        if self.base is not None:
+            return replace(self.base, denoiser=None, climatology=statistics)
+        return Checkpoint(self.spec, self.fit_normalizer(), IdentityAutoencoder(self.spec.shape), None, self.settings, statistics)
+
+    def latent_windows(
+        self, space: Checkpoint, frames: int, strides: tuple[int, int], name: str | None = None
+    ) -> tuple["LatentWindows", "LatentWindows"]:
+        """Windows of latents to train and to validate on, ``strides`` latent frames between their starts; ``name`` is for errors."""
+        stride = space.autoencoder.stride[0]
+        pairs = [
+            (encode(space, s.fields, s.times), s.times[: s.fields.shape[1] // stride * stride : stride]) for s in (self.train, self.held)
+        ]
+        shortest = min(latents.shape[1] for latents, _ in pairs)
+        if shortest < frames:
+            what = f"{name or f'window={frames}'} is longer than the data to train or validate on"
+            raise UserError(f"{what}: {shortest} latent frames of {stride} frames")
+        made = [LatentWindows(z, space.forcing(t), frames, s) for (z, t), s in zip(pairs, strides, strict=True)]
+        return made[0], made[1]
+
+
+class LatentWindows(Dataset):
+    """Windows of latents: items {'latents': (T, Z, h, w), 'forcing': (T, P) if any, 'index'}.
+
+    Args:
+        latents: (N, T, Z, h, w) trajectories; forcing: (T, P) of every frame, or None; frames: of a window; stride: between starts.
+    """
+
+    def __init__(self, latents: Tensor, forcing: Tensor | None, frames: int, stride: int = 1):
+        if latents.shape[1] < frames:
+            raise ValueError(f"trajectories of {latents.shape[1]} latent frames are shorter than a window of {frames}")
+        self.latents, self.forcing, self.frames = latents, forcing, frames
+        self.starts = [(n, t) for n in range(latents.shape[0]) for t in range(0, latents.shape[1] - frames + 1, stride)]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict:
+        n, t = self.starts[index]
+        item = {"latents": self.latents[n, t : t + self.frames], "index": index}
+        return item if self.forcing is None else item | {"forcing": self.forcing[t : t + self.frames]}
+
+
+@torch.no_grad()
+def encode(checkpoint: Checkpoint, fields: Tensor, times: Tensor, chunk: int = 64) -> Tensor:
+    """Latents (N, T', Z, h, w) of trajectories, in overlapping pieces so that the ends of a piece do not show."""
+    stride, reach = checkpoint.autoencoder.stride[0], 2 * checkpoint.autoencoder.reach
+    total, out = fields.shape[1] // stride, []
+    for trajectory in fields:
+        normal = checkpoint.normalizer(trajectory[: total * stride], times[: total * stride])[None]
+        parts = []
+        for start in range(0, total, chunk):
+            low, high = max(0, start - reach), min(total, start + chunk + reach)
+            latents = checkpoint.autoencoder.encode(normal[:, low * stride : high * stride])
+            parts.append(latents[:, start - low : start - low + min(chunk, total - start)])
+        out.append(torch.cat(parts, dim=1)[0])
+    return torch.stack(out)
+
+
+def climatology(spec: FieldSpec, fields: Tensor) -> xr.Dataset:
+    """Mean ``<name>`` and standard deviation ``<name>_std`` of every cell, of fields (N, T, C, H, W) and what is derived from them."""
+    parts = []
+    for quantity in (*spec.variables, *spec.derived):
+        values = torch.stack([spec.evaluate(trajectory, quantity.name) for trajectory in fields]).flatten(0, 1)
+        parts.append((quantity, values.double().mean(0), values.double().std(0)))
+    coords = spec.grid.coords()
+    mask = spec.mask_tensor()
+    out = xr.Dataset(coords=coords)
+    for quantity, mean, std in parts:
+        for name, array in ((quantity.name, mean), (f"{quantity.name}_std", std)):
+            array = torch.where(mask, array, torch.nan).numpy()
+            out[name] = (spec.grid.dims, array[0] if len(spec.grid.dims) == 1 else array, {"units": quantity.units})
+    return out
