@@ -192,7 +192,7 @@ class Saved:
         if not self.places:
             for part in self.state["parts"]:
                 file = safe_open(self.path / part, framework="pt")
-                for name in file.keys():  # noqa: SIM118: not a dictionary
+                for name in file.keys():  # noqa: SIM118
                     key, start = name.rsplit("@", 1)
                     self.places.setdefault(key, []).append((int(start), name, file))
             for places in self.places.values():

@@ -60,8 +60,8 @@ class Strategy(ABC):
         """A context for the passes of one part of a batch, which may leave the reduction of gradients to the last part."""
         return nullcontext()
 
-    def close(self) -> None:
-        """Leaves the module as it was given."""
+    def close(self) -> None:  # noqa: B027
+        """Frees what the module's own end would not."""
 
     def check(self) -> None:
         """
@@ -215,7 +215,7 @@ def make_torch_moments(module: nn.Module, optimizer: torch.optim.Optimizer, name
     place = {id(p): i for i, p in enumerate(parameters)}
     state: dict[int, dict[str, Tensor]] = {}
     for name, p in module.named_parameters():
-        keys = [key for key in (n.removeprefix(f"{name}/") for n in names if n.startswith(f"{name}/"))]
+        keys = [n.removeprefix(f"{name}/") for n in names if n.startswith(f"{name}/")]
         if keys and id(p) in place:
             state[place[id(p)]] = {key: torch.tensor(0.0) if key == "step" else torch.zeros_like(p) for key in keys}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -102,6 +102,8 @@ class Zero(Strategy):
 
     @torch.no_grad()
     def install(self, weights: dict[str, Tensor]) -> None:
+        if self.stage == 3:
+            self.sharded.checkpoint_event_prologue()  # frees what is still gathered with the values of before
         for name, p, _, _, count, start in self._parts():
             if name not in weights:
                 continue
@@ -109,10 +111,8 @@ class Zero(Strategy):
                 p.ds_tensor[:count].copy_(weights[name])
             else:
                 p.data.copy_(self.gather(Piece(weights[name], tuple(p.shape), start)))
-        persistent = self.sharded.persistent_parameters if self.stage == 3 else []
-        if persistent:  # small parameters that DeepSpeed keeps gathered
-            persistent[0].partition(persistent, has_been_updated=False)
-            persistent[0].all_gather(persistent)
+        if self.stage == 3:
+            self.sharded.checkpoint_event_epilogue()  # gathers again the small ones that DeepSpeed keeps
 
     def plain(self, weights: dict[str, Tensor]) -> nn.Module | None:
         return self.skeleton.filled(self, weights)

@@ -1,0 +1,313 @@
+"""Training on two processes under every strategy. As a script (see `main`) this file is what the launcher starts.
+
+One launch per strategy trains several runs, one after the other, and writes what it saw; the tests read it. They judge by
+those files as well as by the exit status.
+"""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from appa_lite.core.random import generator
+from appa_lite.data.windows import WindowDataset
+from appa_lite.training import checkpoints, loop
+from appa_lite.training.base import Trainable
+from appa_lite.training.ema import WeightAverage
+from appa_lite.training.loop import Interrupted, TrainingConfig, train
+
+ROOT = Path(__file__).parents[1]
+STRATEGIES = {"cpu2": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
+QUICK, SLOW = ("cpu2", "zero2", "zero3", "fsdp2"), ("zero1", "zero2_offload", "zero3_offload")
+BASE = {"steps": 24, "batch": 8, "learning_rate": 1e-2, "warmup": 5, "device": "cpu", "ema": 0.2}
+BASE |= {"validate_every": 12, "checkpoint_every": 8, "log_every": 1}
+
+
+class Block(nn.Module):
+    def __init__(self, width, dropout):
+        super().__init__()
+        self.norm, self.linear, self.dropout = nn.LayerNorm(width), nn.Linear(width, width), nn.Dropout(dropout)
+
+    def forward(self, x):
+        return x + self.dropout(nn.functional.silu(self.linear(self.norm(x))))
+
+
+class Net(nn.Module):
+    """Sizes that two processes do not divide, a frozen parameter and buffers that are saved, or not."""
+
+    _repeated_blocks = ["Block"]
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.inputs, self.outputs = nn.Linear(4, 7), nn.Linear(7, 4)
+        self.blocks = nn.ModuleList([Block(7, dropout) for _ in range(3)])
+        self.frozen = nn.Parameter(torch.full((3,), 0.5), requires_grad=False)
+        self.register_buffer("scale", torch.tensor([1.0, 2.0, 3.0]))
+        self.register_buffer("hidden", torch.tensor(1.0), persistent=False)
+
+    def forward(self, x):
+        x = self.inputs(x * self.hidden)
+        for block in self.blocks:
+            x = block(x)
+        return self.outputs(x) * (self.frozen * self.scale).sum() / 3
+
+
+class Denoising(Trainable):
+    """E[x | x + n] of Gaussian x by a small network; ``action`` happens before step ``at``."""
+
+    def __init__(self, dtype=torch.float32, dropout=0.0, at=-1, action=None, pause=0.0):
+        self.dtype, self.at, self.action, self.pause = dtype, at, action, pause
+        self.model, self.seen = Net(dropout), []
+        with torch.no_grad():
+            for i, p in enumerate(p for p in self.model.parameters() if p.requires_grad):
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator(0, "weights", i)))
+        self.model.to(dtype)
+
+    def loss(self, model, batch, noise):
+        if model.training:
+            if len(self.seen) == self.at:
+                self.action()
+            self.seen.append(batch["index"].tolist())
+            time.sleep(self.pause)
+        x = batch["fields"][:, :, 0, 0].to(self.dtype)
+        return {"loss": (model(x + noise.normal(x.shape[1:], self.dtype)) - x).square().mean()}
+
+    def validate(self, batches):
+        return {"mse": self.mean_loss(batches)["loss"]}
+
+    def export(self, directory):
+        assert not self.model.training and not list(directory.iterdir())
+        save_file(self.model.state_dict(), directory / "model.safetensors")
+
+
+def windows(trajectories=8):
+    x = torch.randn(trajectories, 16, 1, 1, 4, generator=generator(1, "data")) * torch.tensor([0.5, 1.0, 1.0, 2.0])
+    return WindowDataset(x, 60.0 * np.arange(16), frames=2)
+
+
+def fit(run, trainable, **options):
+    return train(trainable, windows(), windows(2), TrainingConfig(**{**BASE, **options}), run)
+
+
+def exported(run):
+    return load_file(Path(run) / "model" / "model.safetensors")
+
+
+def rows(run, metric):
+    if not (Path(run) / "metrics.csv").exists():
+        return []
+    with (Path(run) / "metrics.csv").open() as file:
+        return [(int(r["step"]), float(r["value"])) for r in csv.DictReader(file) if r["metric"] == metric]
+
+
+def everything(run):
+    saved = checkpoints.find_last(Path(run) / "checkpoints")
+    return {f"{kind}/{k}": v for kind in ("weights", "average", "optimizer", "buffers") for k, v in saved.tensors(kind).items()}
+
+
+def assert_same(a, b, tolerance=0.0):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# In the launched processes
+
+
+class Watched(loop._Loop):
+    """A training that also averages gathered weights, and notes what is sharded."""
+
+    notes: dict = {}
+
+    def resume(self):
+        super().resume()
+        self.gathered = WeightAverage(self.whole(self._trained()), BASE["ema"])
+        weights = self.strategy.weights().values()
+        self.notes["held"] = sum(piece.values.numel() for piece in weights)
+        self.notes["total"] = sum(torch.Size(piece.shape).numel() for piece in weights)
+
+    def whole(self, values):
+        pieces = self.strategy.weights()
+        return {name: self.strategy.gather(replace(pieces[name], values=value)).clone() for name, value in values.items()}
+
+    def _average(self):
+        super()._average()
+        self.gathered.update(self.step, self.whole(self._trained()))
+
+    def finish(self):
+        local = self.whole(next(iter(self.averages.values())).average)
+        self.notes["average"] = all(torch.equal(local[name], self.gathered.average[name]) for name in local)
+        moments = self.strategy.moments().items()
+        self.notes["moments"] = sum(piece.values.numel() for name, piece in moments if name.endswith("exp_avg"))
+        return super().finish()
+
+
+def main():
+    out, double = Path(sys.argv[1]), sys.argv[2] == "double"
+    dtype = torch.float64 if double else torch.float32
+    rank = int(os.environ.get("RANK", "0"))
+    notes = Watched.notes
+    plain, loop._Loop = loop._Loop, Watched
+    whole = Denoising(dtype)
+    fit(out / "plain", whole, accumulate=2)
+    notes["seen"] = whole.seen
+    loop._Loop = plain
+    fit(out / "dropout", Denoising(dtype, 0.2))
+    try:  # a signal to one process
+        fit(out / "again", Denoising(dtype, 0.2, 13, lambda: rank == 1 and os.kill(os.getpid(), signal.SIGTERM)))
+    except Interrupted as stopped:
+        notes["stopped"] = stopped.code
+    if rank == 0:
+        shutil.copytree(out / "again", out / "other")
+    fit(out / "again", Denoising(dtype, 0.2))
+    fit(out / "other", Denoising(dtype, 0.2), seed=1)  # negative control
+    if (out / "from_one").exists():
+        fit(out / "from_one", Denoising(dtype))
+    (out / f"rank{rank}.json").write_text(json.dumps(notes))
+
+
+# In the tests
+
+
+def launch(name, *arguments, processes=2, **options):
+    """Starts this file's `main`, or a module, as a user would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/accelerate/{name}.yaml"]
+    command += ["--main_process_port", str(port), "--num_processes", str(processes), *(str(a) for a in arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def finish(process, seconds=300):
+    """Its output; none of its children may be left."""
+    output, _ = process.communicate(timeout=seconds)
+    left = [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("MASTER_PORT") == process.args[6]]
+    assert not left, left
+    return output
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process, in float64 and float32: to the end, and stopped after 13 steps."""
+    out = tmp_path_factory.mktemp("alone")
+    for name, dtype in (("double", torch.float64), ("single", torch.float32)):
+        trainable = Denoising(dtype)
+        fit(out / name, trainable)
+        (out / f"{name}.json").write_text(json.dumps(trainable.seen))
+        with pytest.raises(Interrupted):
+            fit(out / f"{name}_13", Denoising(dtype, at=12, action=lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    return out
+
+
+@pytest.fixture(scope="module", params=[*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def pair(request, alone, tmp_path_factory):
+    """What two processes did under a strategy: its name, its directory, the notes of both, and the precision."""
+    name = request.param
+    if "zero" in name:
+        pytest.importorskip("deepspeed")
+    out = tmp_path_factory.mktemp(name)
+    precision = "single" if "zero" in name else "double"
+    shutil.copytree(alone / f"{precision}_13", out / "from_one")
+    output = finish(process := launch(name, __file__, out, precision))
+    assert all((out / f"rank{rank}.json").exists() for rank in (0, 1)), output
+    assert process.returncode == 0 or "zero3" in name, output  # see docs/scale.md: its processes may abort after their end
+    return name.split("_")[0], out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)], precision
+
+
+def test_the_world_and_the_strategy_are_those_asked_for(pair):
+    name, out, notes, _ = pair
+    summary = json.loads((out / "plain" / "summary.json").read_text())
+    assert (summary["processes"], summary["strategy"]) == (2, STRATEGIES[name])
+    held, moments, total = sum(n["held"] for n in notes), sum(n["moments"] for n in notes), notes[0]["total"]
+    if name == "cpu2":
+        assert held == 2 * total and moments == 2 * (total - 3)
+    else:  # stages 1 and 2 leave the three frozen weights on both
+        assert held == total + 3 * (name in ("zero1", "zero2")) and moments == total - 3
+        assert all(0.3 * total < n["held"] < 0.7 * total for n in notes)
+
+
+def test_two_processes_train_as_one(pair, alone):
+    _, out, notes, precision = pair
+    tolerance = {"double": 1e-12, "single": 1e-4}[precision]
+    assert_same(exported(out / "plain"), exported(alone / precision), tolerance)
+    for metric in ("loss", "mse", "gradient_norm", "learning_rate"):
+        np.testing.assert_allclose(rows(out / "plain", metric), rows(alone / precision, metric), rtol=tolerance)
+    parts = [n["seen"] for n in notes]  # two parts of a step, of each process
+    steps = [[i for part in parts for piece in part[2 * k : 2 * k + 2] for i in piece] for k in range(BASE["steps"])]
+    assert steps == json.loads((alone / f"{precision}.json").read_text())
+
+
+def test_averages_of_shards_are_shards_of_averages(pair):
+    assert all(n["average"] for n in pair[2])
+
+
+def test_resumed_is_bitwise_uninterrupted(pair):
+    """With dropout, in the middle of an epoch, after a signal to one process; another seed would have shown."""
+    _, out, notes, _ = pair
+    assert [n["stopped"] for n in notes] == [143, 143]
+    assert_same(everything(out / "again"), everything(out / "dropout"))
+    assert_same(exported(out / "again"), exported(out / "dropout"))
+    for metric in ("loss", "mse", "gradient_norm"):
+        assert rows(out / "again", metric) == rows(out / "dropout", metric)
+    with pytest.raises(AssertionError):
+        assert_same(exported(out / "other"), exported(out / "dropout"), 1e-6)
+
+
+def test_the_model_loads_in_a_plain_process(pair):
+    """It holds the averages, what is frozen and the buffers."""
+    _, out, _, precision = pair
+    model = Net().double() if precision == "double" else Net()
+    model.load_state_dict(exported(out / "plain"))
+    saved = checkpoints.find_last(out / "plain" / "checkpoints")
+    average = saved.tensors("average")
+    assert_same({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, average)
+    assert torch.equal(model.frozen.detach(), saved.tensors("weights")["frozen"]) and torch.equal(model.scale, Net().scale.to(model.scale))
+
+
+def test_the_number_of_processes_and_the_strategy_may_change(pair, alone, tmp_path):
+    """From two processes to one, without a strategy; and from there to two."""
+    _, out, _, precision = pair
+    dtype, tolerance = {"double": (torch.float64, 1e-12), "single": (torch.float32, 1e-4)}[precision]
+    shutil.copytree(out / "plain", tmp_path / "one")
+    for name in ("step_0000024", "step_0000016"):
+        shutil.rmtree(tmp_path / "one" / "checkpoints" / name)
+    fit(tmp_path / "one", Denoising(dtype))
+    for run in (tmp_path / "one", out / "from_one"):
+        assert_same(exported(run), exported(alone / precision), tolerance)
+
+
+def test_sigterm_to_the_launcher(tmp_path):
+    process = launch("cpu2", __file__, tmp_path, "slowly")
+    deadline = time.monotonic() + 120
+    while len(rows(tmp_path, "loss")) < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, 60)
+    assert "stopped by SIGTERM" in output
+    assert checkpoints.find_last(tmp_path / "checkpoints").state["processes"] == 2
+    assert not (tmp_path / "model").exists()
+
+
+if __name__ == "__main__":
+    if sys.argv[2] == "slowly":
+        fit(Path(sys.argv[1]), Denoising(pause=0.3))
+    else:
+        main()
