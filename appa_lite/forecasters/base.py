@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
+from appa_lite.guidance.base import SolverReport
 from appa_lite.observations.base import Observation
 
 Progress = Callable[[str, int, int], None]  #: (what, done, all)
@@ -36,6 +37,8 @@ class Assimilator(ABC):
 
 class Forecaster(ABC):
     """Trajectories that go on from known frames."""
+
+    report: SolverReport | None = None  #: what its solvers did, if it has any
 
     @abstractmethod
     def forecast(

@@ -30,8 +30,8 @@ class LatentDiffusion(Assimilator, Forecaster):
     def __init__(
         self, checkpoint: Checkpoint, guidance: Guidance, sampler: Sampler, overlap: int = 6, batch: int = 8, known_error: float = 0.03
     ):
-        if checkpoint.denoiser is None:
-            raise UserError("this model directory holds an autoencoder only: give one with a trained denoiser")
+        if not isinstance(checkpoint, Checkpoint) or checkpoint.denoiser is None:
+            raise UserError("latent diffusion needs one model directory with a trained denoiser (trainable=denoiser)")
         self.checkpoint, self.guidance, self.sampler = checkpoint, guidance, sampler
         self.overlap, self.batch, self.known_error = overlap, batch, known_error
         self.report = SolverReport()

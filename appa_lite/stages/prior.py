@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
-from appa_lite.config import build, options, resolve
+from appa_lite.config import build, compose, options, resolve
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec, to_seconds
 from appa_lite.data.open import open_fields, parse_date
@@ -28,45 +28,64 @@ BEGINNING = "2000-01-01"
 
 @dataclass(frozen=True)
 class Setting:
-    """What a competitor works on: the fields, the phase of their frames (seconds), and the trained prior if it has one."""
+    """What a competitor works on: the fields (None: those of its input), the phase of their frames (seconds), and the trained
+    model if it has one."""
 
-    spec: FieldSpec
+    spec: FieldSpec | None
     phase: float
     checkpoint: Checkpoint | None
 
 
 def competitor(cfg: DictConfig, kind: type[Assimilator] | type[Forecaster]) -> tuple[Assimilator | Forecaster, Setting]:
-    """The forecaster or assimilator ``cfg.forecaster`` describes, on the prior in ``cfg.checkpoint`` or on ``cfg.simulator``.
+    """The forecaster or assimilator ``cfg.forecaster`` describes, on the model in ``cfg.checkpoint`` or on ``cfg.simulator``.
 
     Without a checkpoint, frames are in phase with ``cfg.start``, else with 2000-01-01, where ``simulate`` begins.
     """
-    cls, _ = resolve(cfg.forecaster, kind)
+    models = _models(cfg)
+    entry = _entry(cfg, models)
+    cls, _ = resolve(entry, kind)
     wanted = inspect.signature(cls).parameters
-    given, checkpoint, simulator = {}, None, None
-    if "checkpoint" in wanted or cfg.checkpoint is not None:
-        checkpoint = _checkpoint(cfg, cls.__name__)
-        given |= {"checkpoint": checkpoint}
+    given, checkpoint, simulator = {"batch": cfg.get("batch")}, models[0] if models else None, None
+    if "checkpoint" in wanted:
+        if not models:
+            raise UserError(f"{cls.__name__} needs checkpoint=...: directory of a trained model")
+        if kind is Assimilator and checkpoint.denoiser is None:
+            raise UserError(f"'{cfg.checkpoint}' forecasts only: {cls.__name__} needs the model directory of a trained denoiser")
+        given |= {"checkpoint": models if len(models) > 1 else checkpoint}
     if "simulator" in wanted:
         simulator = _simulator(cfg, cls.__name__, checkpoint)
         given |= {"simulator": simulator}
     if "guidance" in wanted:
-        given |= {"guidance": build(cfg.guidance, Guidance), "sampler": build(cfg.sampler, Sampler), "batch": cfg.batch}
+        given |= {"guidance": build(cfg.guidance, Guidance), "sampler": build(cfg.sampler, Sampler)}
     if "device" in wanted:
         given |= {"device": device(cfg.device)}
-    built = build(cfg.forecaster, kind, **{name: part for name, part in given.items() if name in wanted})
+    built = build(entry, kind, **{name: part for name, part in given.items() if name in wanted and name not in entry})
     if checkpoint is not None:
         return built, Setting(checkpoint.spec, checkpoint.settings.get("phase", 0.0), checkpoint)
+    if simulator is None:
+        return built, Setting(None, 0.0, None)
     began = to_seconds(np.array([parse_date(cfg.get("start") or BEGINNING, "start")]))[0]
     return built, Setting(simulator.spec, float(began % simulator.spec.step), None)
 
 
-def _checkpoint(cfg: DictConfig, name: str) -> Checkpoint:
-    if cfg.checkpoint is None:
-        raise UserError(f"{name} needs checkpoint=...: directory of a trained prior")
-    checkpoint = Checkpoint.load(cfg.checkpoint, device(cfg.device))
-    if checkpoint.denoiser is None:
-        raise UserError(f"'{cfg.checkpoint}' holds an autoencoder only: train the denoiser on it, and give that run's model directory")
-    return checkpoint
+def _models(cfg: DictConfig) -> list[Checkpoint]:
+    """The trained models in ``cfg.checkpoint``, a directory or a list of them; none if it is null."""
+    paths = cfg.checkpoint if isinstance(cfg.checkpoint, ListConfig) else [cfg.checkpoint]
+    models = [Checkpoint.load(path, device(cfg.device)) for path in paths if path is not None]
+    for path, model in zip(paths, models, strict=False):
+        if model.forecaster is None:
+            raise UserError(f"'{path}' holds an autoencoder only: train a model on it, and give that run's model directory")
+    return models
+
+
+def _entry(cfg: DictConfig, models: list[Checkpoint]) -> dict[str, Any]:
+    """``cfg.forecaster``; where it names no class, the one that fits the trained model, with the keys that were given."""
+    entry = OmegaConf.to_container(cfg.forecaster) if cfg.forecaster is not None else {}
+    if "class" in entry:
+        return entry
+    if not models:
+        raise UserError(f"{cfg.command} needs checkpoint=..., directory of a trained model, or forecaster=...")
+    return OmegaConf.to_container(compose("forecast", [f"forecaster={models[0].forecaster}"], partial=True).forecaster) | entry
 
 
 def _simulator(cfg: DictConfig, name: str, checkpoint: Checkpoint | None) -> Simulator:

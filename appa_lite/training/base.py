@@ -75,6 +75,7 @@ class Trainable(ABC):
     """
 
     model: nn.Module
+    progress: float = 0.0  #: the part of the training that is done, 0 to 1; the loop keeps it
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: dict[str, Tensor], noise: SampleNoise) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ class DenoiserTraining(Trainable):
         """Measure the covariance of the errors on windows never trained on, and save the model with its autoencoder."""
         model = self.model.cpu()
         measure_residuals(model, self.test)
-        replace(self.base, denoiser=model, settings=self.base.settings | self.settings).save(directory, self.half)
+        replace(self.base, denoiser=model, emulator=None, settings=self.base.settings | self.settings).save(directory, self.half)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,20 @@
 """What every competitor promises, on a small Gaussian prior or a small linear simulator: over all files of configs/forecaster."""
 
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from appa_lite.config import build, compose, options, resolve
 from appa_lite.core.fields import FieldSpec, Grid, Variable, to_datetime
 from appa_lite.core.random import Streams
 from appa_lite.diffusion.samplers import DPMSolverPP2M
 from appa_lite.forecasters.base import Assimilator, Forecaster
+from appa_lite.forecasters.rollout import Rollout
 from appa_lite.guidance.moment_matching import MomentMatching
 from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.models.denoiser import LatentDenoiser
@@ -47,6 +50,9 @@ class Waves(Simulator):
     def initial(self, seed, members, device="cpu"):
         return 3 * Streams(seed, members, "waves").normal((CELLS,)).to(device)
 
+    def from_fields(self, fields):
+        return fields[:, 0, 0]
+
     def advance(self, state, frame, seed, members):
         return state @ self.matrix
 
@@ -62,8 +68,25 @@ def simulator(checkpoint) -> Waves:
     return Waves(checkpoint.spec)
 
 
+@pytest.fixture(scope="module")
+def past(checkpoint):
+    fields = 1.5 + 0.1 * torch.randn(30, *checkpoint.spec.shape, generator=torch.Generator().manual_seed(0))
+    return checkpoint.spec.to_dataset(fields, {"time": to_datetime(STEP * np.arange(30))})
+
+
+def emulating(checkpoint: Checkpoint, cls: type) -> Checkpoint:
+    """With the untrained model, of small increments, that a forecaster rolls out."""
+    if not issubclass(cls, Rollout):
+        return checkpoint
+    shape = checkpoint.spec.shape
+    keywords = {"mean": {"shape": shape}} if "mean" in inspect.signature(cls.kind).parameters else {}
+    model = cls.kind(shape=shape, history=2, backbone={"width": 8, "depth": 1}, **keywords).eval()
+    model.scale.fill_(0.1)
+    return replace(checkpoint, denoiser=None, emulator=model)
+
+
 @pytest.fixture(params=options("forecaster"))
-def make(request, checkpoint, simulator):
+def make(request, checkpoint, simulator, past):
     """Builds the competitor as a given kind, or skips where it is of another."""
     entry = compose("reanalysis", ["size=debug", f"forecaster={request.param}"], partial=True).forecaster
 
@@ -72,9 +95,10 @@ def make(request, checkpoint, simulator):
         if not issubclass(cls, kind):
             pytest.skip(f"{cls.__name__} is no {kind.__name__}")
         parts = {"guidance": MomentMatching(), "sampler": DPMSolverPP2M(6, 50.0, 0.01), "batch": 2}
-        parts |= {"checkpoint": checkpoint, "simulator": simulator}
+        parts |= {"checkpoint": emulating(checkpoint, cls), "simulator": simulator, "data": past}
         wanted = inspect.signature(cls).parameters
-        return build(entry, kind, **{k: v for k, v in parts.items() if k in wanted})
+        given = {k: v for k, v in OmegaConf.to_container(entry).items() if v != "???"}
+        return build(given, kind, **{k: v for k, v in parts.items() if k in wanted})
 
     return build_as
 
