@@ -120,7 +120,7 @@ class Group:
         return out
 
     def skills(self, climatology: str, oracle: str, kinds: Iterable[str] = SCORES) -> list[Record]:
-        """``<metric>_skill``: (S_climatology - S) / (S_climatology - S_oracle), zero for climatology and one for the oracle.
+        """``<metric>_skill_score``: (S_climatology - S) / (S_climatology - S_oracle), zero for climatology and one for the oracle.
 
         None where the interval of the denominator includes zero: an oracle that is not better is no goal.
         """
@@ -135,7 +135,7 @@ class Group:
             value = (zero.value - mine.value) / (zero.value - one.value)
             with np.errstate(divide="ignore", invalid="ignore"):
                 drawn = (zero.drawn - mine.drawn) / (zero.drawn - one.drawn)
-            out.append(self.record(system, f"{metric}_skill", float(value), *self.how.interval(drawn), self.size))
+            out.append(self.record(system, f"{metric}_skill_score", float(value), *self.how.interval(drawn), self.size))
         return out
 
 

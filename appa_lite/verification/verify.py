@@ -106,7 +106,9 @@ class Verification:
         details, records = Details(against, self.block), []
         pairs = [(next(iter(systems)), other) for other in against.names]
         for tally in self.tallies(against, against.variables(variables), thresholds, seed, details):
-            records += self._records(tally, grouped(against.cases), pairs, seed)
+            for lead, index in grouped(against.cases):
+                group = Group(tally, lead, index, self.resampling(seed))
+                records += group.scores() + group.differences(pairs, COMPARED)
         if not records:
             raise UserError("nothing could be compared: no cell or observation has both a forecast and a truth")
         return Scores(records, details.to_dict())
@@ -132,14 +134,9 @@ class Verification:
             if tally.sums:
                 yield tally
 
-    def _records(
-        self, tally: Tally, groups: list[tuple[float | None, np.ndarray]], pairs: Sequence[tuple[str, str]], seed: int
-    ) -> list[Record]:
-        how, out = Resampling(self.replicates, self.confidence, self.block, seed), []
-        for lead, index in groups:
-            group = Group(tally, lead, index, how)
-            out += group.scores() + group.differences(pairs, COMPARED)
-        return out
+    def resampling(self, seed: int) -> Resampling:
+        """How intervals are made."""
+        return Resampling(self.replicates, self.confidence, self.block, seed)
 
 
 def score(
