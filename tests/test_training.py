@@ -1,10 +1,10 @@
-"""The training loop, on a linear denoiser. As a script (see `main`) this file trains it, for the tests that need processes."""
+"""The training loop, on a linear denoiser. As a script (see `main`) this file trains it, for the test that needs a process."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,10 +19,12 @@ from torch import nn
 from appa_lite.core.errors import UserError
 from appa_lite.core.random import generator
 from appa_lite.data.windows import WindowDataset
-from appa_lite.training import checkpoints
+from appa_lite.training import checkpoints, zero
 from appa_lite.training.base import SampleNoise, Trainable
+from appa_lite.training.checkpoints import Piece
 from appa_lite.training.ema import WeightAverage, power_exponent
 from appa_lite.training.loop import Interrupted, TrainingConfig, train
+from appa_lite.training.processes import ALONE
 
 ROOT = Path(__file__).parents[1]
 BASE = {"steps": 40, "batch": 8, "learning_rate": 1e-2, "warmup": 5, "device": "cpu"}
@@ -268,12 +270,151 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     other.model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(UserError, match="another model"):
         train(other, windows(), None, TrainingConfig(**BASE), tmp_path / "c")
+
+
+def test_wrong_launches_are_named(tmp_path, monkeypatch):
+    """What would otherwise train unrelated models, or not shard what was to be sharded, and print normal results."""
+
+    def refused(message, **settings):
+        with pytest.raises(UserError, match=message):
+            train(LinearDenoiser(), windows(), None, TrainingConfig(**{**BASE, **settings}), tmp_path)
+
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="2 processes were launched but 1"):
-        train(LinearDenoiser(), windows(), None, TrainingConfig(**BASE), tmp_path / "d")
+    refused("2 processes were launched but 1")
+    monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="FSDP"):
-        train(LinearDenoiser(), windows(), None, TrainingConfig(**BASE), tmp_path / "d")
+    refused("FSDP version 1")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    refused("no launcher started this process")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    refused("zero and fsdp2")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    refused("ZeRO needs DeepSpeed .*pip install")
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    refused("megatron")
+
+
+def test_deepspeed_settings(tmp_path, monkeypatch):
+    def settings(**keys):
+        (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}} | keys))
+        return zero._settings(TrainingConfig(**BASE, accumulate=2, clip=0.5), 2)
+
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero.json"))
+    found = settings(gradient_clipping="auto", train_batch_size="auto")
+    assert (found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"], found["train_batch_size"]) == (2, 2, 8)
+    assert found["gradient_clipping"] == 0.5
+    for wrong, message in (
+        ({"zero_optimization": {"stage": 0}}, "shards nothing"),
+        ({"bf16": {"enabled": True}}, "training.precision"),
+        ({"train_batch_size": 16}, "contradicts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            settings(**wrong)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "absent.json"))
+    with pytest.raises(UserError, match="cannot read"):
+        zero._settings(TrainingConfig(**BASE), 2)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_pieces_are_read_by_any_number_of_processes(tmp_path, world):
+    """Written in pieces by ``world`` processes, sharded or replicated; read whole, and in pieces of any other size."""
+    x, y = torch.randn(7, 3, generator=generator(0)), torch.tensor(4.0)
+    bounds = [x.numel() * r // world for r in range(world + 1)]
+    for rank in range(world):
+        writer = checkpoints.Writer(tmp_path, 1, dataclasses.replace(ALONE, rank=world - 1 - rank, world=world))
+        low, high = bounds[writer.rank : writer.rank + 2]
+        pieces = {"weights/x": Piece(x.flatten()[low:high], (7, 3), low), "weights/y": Piece.whole(x), "buffers/z": Piece.whole(y)}
+        writer.start(3, pieces, {"consumed": 24})
+        writer._join()  # the main process comes last, and completes it
+    saved = checkpoints.find_last(tmp_path)
+    assert saved.state["step"] == 3 and saved.state["consumed"] == 24 and len(saved.state["parts"]) == world
+    assert_same(saved.tensors("weights"), {"x": x, "y": x})
+    assert torch.equal(saved.tensors("buffers")["z"], y)
+    for start, count in ((0, 21), (5, 9), (20, 1), (21, 0)):
+        assert torch.equal(saved.read("weights/x", start, count), x.flatten()[start : start + count])
+    with pytest.raises(ValueError, match="shape"):
+        saved.fill({"weights/x": Piece.whole(torch.zeros(7, 4))})
+
+
+def test_a_checkpoint_that_not_all_completed_is_none(tmp_path):
+    writer = checkpoints.Writer(tmp_path, 3, dataclasses.replace(ALONE, world=2))
+    writer.start(1, {"weights/x": Piece.whole(torch.ones(4))}, {})
+    writer.cancel()
+    assert checkpoints.find_last(tmp_path) is None and list(tmp_path.iterdir())
+    checkpoints.clean(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_writing_does_not_stop_the_training(tmp_path, monkeypatch):
+    """A slow disk delays the end, not the steps; what is saved is of the step that asked for it."""
+    quick = LinearDenoiser()
+    train(quick, windows(), None, TrainingConfig(**{**BASE, "steps": 39}), tmp_path / "quick")
+
+    def slow(tensors, path):
+        time.sleep(1.0)
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", slow)
+    train(LinearDenoiser(), windows(), None, TrainingConfig(**{**BASE, "steps": 39}), tmp_path / "slow")
+    for step in (20, 39):
+        saved = [checkpoints.Saved(tmp_path / name / "checkpoints" / f"step_{step:07d}") for name in ("quick", "slow")]
+        assert_same(saved[0].tensors("weights"), saved[1].tensors("weights"))
+    seconds = json.loads((tmp_path / "slow" / "summary.json").read_text())["seconds"]
+    assert seconds < 1.0
+
+
+class Block(nn.Linear):
+    pass
+
+
+class Blocks(nn.Sequential):
+    _repeated_blocks = ["Block"]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_recomputed_activations_change_nothing(tmp_path, every):
+    """Bitwise, with dropout, and the model is plain again at the end."""
+    models = []
+    for n in (0, every):
+        trainable = LinearDenoiser()
+        trainable.model = Blocks(Block(4, 4), nn.Dropout(0.2), Block(4, 4))
+        for i, p in enumerate(trainable.model.parameters()):
+            nn.init.normal_(p, generator=generator(0, i))
+        train(trainable, windows(), None, TrainingConfig(**BASE, checkpoint_activations=n), tmp_path / f"every{n}")
+        assert "forward" not in vars(trainable.model[0])
+        models.append(trainable.model.state_dict())
+    assert_same(*models)
+    with pytest.raises(UserError, match="declares no blocks"):
+        train(LinearDenoiser(), windows(), None, TrainingConfig(**BASE, checkpoint_activations=1), tmp_path / "none")
+
+
+def test_several_averages(tmp_path):
+    """The first becomes the model, as if it were alone; the others lie beside it."""
+    config = {**BASE, "validate_every": 20}
+    single = {
+        std: train(LinearDenoiser(), windows(), windows(2), TrainingConfig(**config, ema=std), tmp_path / str(std)) for std in (0.05, 0.2)
+    }
+    both = train(LinearDenoiser(), windows(), windows(2), TrainingConfig(**config, ema=[0.05, 0.2]), tmp_path / "both")
+    assert both == {"mse": single[0.05]["mse"], "mse_ema_0.2": single[0.2]["mse"]}
+    assert_same(weights(tmp_path / "both"), weights(tmp_path / "0.05"))
+    other = load_file(tmp_path / "both" / "averages" / "0.2" / "model.safetensors")
+    assert_same(other, weights(tmp_path / "0.2"))
+
+
+def test_grace_ends_what_cannot_be_saved(tmp_path):
+    """A process that waits for dead peers does not wait for ever."""
+    start = time.monotonic()
+    script = (
+        "import os, signal, time\nfrom appa_lite.training.signals import caught_signals\n"
+        "with caught_signals(0.3):\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 143 and "not saved within 0.3 s of SIGTERM" in done.stderr and time.monotonic() - start < 50
 
 
 def test_a_signal_saves_and_restores_the_handlers(tmp_path):
@@ -290,21 +431,15 @@ def test_a_signal_saves_and_restores_the_handlers(tmp_path):
     assert (tmp_path / "checkpoints" / "step_0000013").exists()
 
 
-# Processes
+# A process of its own; for several see test_distributed.py
 
 
-def command(run, processes=1, **options):
+def command(run, **options):
     """The command that trains in ``run``, and its environment."""
-    launcher = [sys.executable]
-    if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        config = ROOT / "launch" / "accelerate" / "cpu2.yaml"
-        launcher += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", str(port)]
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return {"args": [*launcher, __file__, str(run), json.dumps(options)], "env": environment, "stderr": subprocess.PIPE, "text": True}
+    args = [sys.executable, __file__, str(run), json.dumps(options)]
+    return {"args": args, "env": environment, "stderr": subprocess.PIPE, "text": True}
 
 
 def main():
@@ -328,40 +463,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     again = subprocess.run(**command(tmp_path / "cut", dropout=0.1))
     assert again.returncode == 0, again.stderr
     assert_same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-
-
-def test_two_processes_train_as_one(tmp_path):
-    """1 x 8 and 2 x 2 x 2 samples, in float64."""
-    train(LinearDenoiser(torch.float64), windows(), windows(2), TrainingConfig(**BASE), tmp_path / "one")
-    two = subprocess.run(**command(tmp_path / "two", processes=2, accumulate=2))
-    assert two.returncode == 0, two.stderr
-    assert_same(weights(tmp_path / "two"), weights(tmp_path / "one"), 1e-12)
-    for metric in ("loss", "mse"):
-        np.testing.assert_allclose(rows(tmp_path / "two", metric), rows(tmp_path / "one", metric), rtol=1e-12)
-
-
-@pytest.mark.slow
-def test_the_number_of_processes_may_change(tmp_path):
-    train(LinearDenoiser(torch.float64), windows(), windows(2), TrainingConfig(**BASE), tmp_path / "one")
-    with pytest.raises(Stop):
-        train(Dies(27, dtype=torch.float64), windows(), windows(2), TrainingConfig(**BASE), tmp_path / "change")
-    change = subprocess.run(**command(tmp_path / "change", processes=2))
-    assert change.returncode == 0, change.stderr
-    assert_same(weights(tmp_path / "change"), weights(tmp_path / "one"), 1e-12)
-
-
-@pytest.mark.slow
-def test_sigterm_to_two_processes(tmp_path):
-    with subprocess.Popen(**command(tmp_path, processes=2, pause=0.1)) as process:
-        deadline = time.monotonic() + 90
-        while len(rows(tmp_path, "loss")) < 7 if (tmp_path / "metrics.csv").exists() else True:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        _, message = process.communicate(timeout=60)
-    assert "stopped by SIGTERM" in message
-    assert checkpoints.find_last(tmp_path / "checkpoints") is not None
-    assert not (tmp_path / "model").exists()
 
 
 if __name__ == "__main__":

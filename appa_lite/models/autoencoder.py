@@ -67,6 +67,8 @@ class SpatiotemporalAutoencoder(Autoencoder, ModelMixin, ConfigMixin):
         periodic: (rows, columns) wrap around.
     """
 
+    _repeated_blocks = ["ResidualStack"]  #: units of sharding, compilation and recomputation
+
     @register_to_config
     def __init__(
         self,

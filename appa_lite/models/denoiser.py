@@ -33,6 +33,8 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
         noise_levels: levels at which ``residual_ratio`` is measured.
     """
 
+    _repeated_blocks = ["SpaceTimeBlock"]  #: units of sharding, compilation and recomputation
+
     @register_to_config
     def __init__(
         self,

@@ -20,6 +20,8 @@ class DeterministicModel(Emulator, ModelMixin, ConfigMixin):
 
     forecaster = "deterministic"
 
+    _repeated_blocks = ["SpatialBlock"]  #: units of sharding, compilation and recomputation
+
     @register_to_config
     def __init__(
         self, shape: Sequence[int], history: int = 1, periodic: Sequence[bool] = (False, False), forcings: int = 0, backbone: Mapping = {}

@@ -26,6 +26,8 @@ class FGNModel(Emulator, ModelMixin, ConfigMixin):
 
     forecaster = "fgn"
 
+    _repeated_blocks = ["SpatialBlock"]  #: units of sharding, compilation and recomputation
+
     @register_to_config
     def __init__(
         self,

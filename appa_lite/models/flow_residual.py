@@ -28,6 +28,8 @@ class ResidualFlow(Emulator, ModelMixin, ConfigMixin):
 
     forecaster = "flow_residual"
 
+    _repeated_blocks = ["SpatialBlock"]  #: units of sharding, compilation and recomputation
+
     @register_to_config
     def __init__(
         self,

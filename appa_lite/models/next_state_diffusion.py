@@ -26,6 +26,8 @@ class NextStateDenoiser(Emulator, ModelMixin, ConfigMixin):
 
     forecaster = "next_state_diffusion"
 
+    _repeated_blocks = ["SpatialBlock"]  #: units of sharding, compilation and recomputation
+
     @register_to_config
     def __init__(
         self, shape: Sequence[int], history: int = 2, periodic: Sequence[bool] = (False, False), forcings: int = 0, backbone: Mapping = {}

@@ -132,6 +132,7 @@ class _Loop:
                 "%s on %d x %s%s", self.strategy.name, self.processes.world, self.device.type, f", from step {self.step}" * bool(saved)
             )
             self._note_config()
+            (self.run / "summary.json").unlink(missing_ok=True)  # it says that the training is done
         self.processes.wait()
         self.started = time.monotonic() - self.seconds
         timed = self.config.time_limit is not None
