@@ -8,6 +8,7 @@ import pytest
 import xarray as xr
 
 from appa_lite.core.errors import UserError
+from appa_lite.verification import score_figures
 from appa_lite.verification.base import Sums
 from appa_lite.verification.extremes import (
     COST_LOSS,
@@ -25,6 +26,7 @@ from appa_lite.verification.extremes import (
 )
 from appa_lite.verification.reliability import claim, expected_frequency, reliability
 from appa_lite.verification.statistics import crps_fair, crps_gaussian
+from appa_lite.verification.tables import format_table
 from appa_lite.verification.thresholds import climatological_quantiles, label, read_thresholds, thresholds_of
 from appa_lite.verification.verify import Verification
 from appa_lite.verification.views import parse
@@ -254,3 +256,7 @@ def test_extremes_stand_in_the_table_with_their_events(rng):
     assert diagram["events"] == found["events_q95"]["value"] and len(diagram["probability"]) == len(diagram["observed"]) > 4
     assert not [d for d in scores.details["reliability"] if d["threshold"] == "q99.9"][0]["claim"]
     json.dumps(scores.details, allow_nan=False)
+    page = score_figures.reliability(scores.details["reliability"]) + score_figures.economic_value(scores.details["economic_value"])
+    assert page.count("<figure") >= 2 and f"{diagram['events']} exceedances, {diagram['independent_events']} independent" in page
+    text = format_table(scores.records)
+    assert "exceedances of the 95 % quantile of the training climatology" in text and f" {diagram['events']} " in text

@@ -6,6 +6,7 @@ import pytest
 import xarray as xr
 
 from appa_lite.core.errors import UserError
+from appa_lite.verification import score_figures
 from appa_lite.verification.metrics import CorrelationLength, FairCRPS, LogSpectralDistance, PowerRatio, SpreadSkill
 from appa_lite.verification.spectra import Spectrum, correlation_length, power_spectrum, spectral_box
 from appa_lite.verification.tables import format_table
@@ -106,6 +107,8 @@ def test_views_and_kinetic_energy_stand_in_the_table(rng):
     assert viewed("kinetic_energy") == ("kinetic_energy", "energy") and viewed("h_mean20") == ("h", "mean20") and viewed("h") == ("h", "")
     assert winds(["u10", "v10", "u_500", "v_500", "u"]) == {"kinetic_energy10": ("u10", "v10"), "kinetic_energy_500": ("u_500", "v_500")}
     assert "means over neighbours" in format_table(records)
+    assert score_figures.pooled_calibration(records).count("<figure") == 3
+    assert "_mean2" not in score_figures.score_table(records) and not {r["system"] for r in records if r["metric"] == "rmse_minus_f"}
 
 
 # spectra

@@ -231,7 +231,8 @@ class EconomicValue(Metric):
         with np.errstate(divide="ignore", invalid="ignore"):
             rates = joint / joint.sum(-1, keepdims=True)  # of no-events and of events
         acted = np.cumsum(rates[..., ::-1], -1)
-        return np.maximum((acted[..., 1, :] - acted[..., 0, :]).max(-1), 0.0)
+        value = (acted[..., 1, :] - acted[..., 0, :]).max(-1)
+        return np.where(value < 1e-12, 0.0, value)  # always acting is worth nothing, but for rounding
 
 
 def split(bins: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         if not records:
             continue
         lead = leads(records, 2)[0]
-        rmse = {(r["variable"], r["system"]): r["value"] for r in records if r["metric"] == "rmse" and r["lead_time"] == lead}
+        rmse = {(r["variable"], r["system"]): r["value"] for r in score_figures.plain(records) if _is_rmse(r, lead)}
         first = records[0]["system"]
         for variable in [v for v, system in rmse if system == first][:2]:
             rivals = {s: value for (v, s), value in rmse.items() if v == variable and s != first}
@@ -79,6 +79,10 @@ def facts(run: Run) -> list[tuple[str, str]]:
                 where = " at withheld observations" if kind == "withheld" else ""
                 found.append((change, f"RMSE of {variable}{where}{ahead}: {words(first)} against {words(rival)}"))
     return found[:5]
+
+
+def _is_rmse(record: Record, lead: float | None) -> bool:
+    return record["metric"] == "rmse" and record["lead_time"] == lead
 
 
 def sections(run: Run, frames: int) -> list[Section]:
@@ -115,6 +119,10 @@ def _scores(run: Run, kind: str) -> list[Section]:
         parts.append(_part("Error against lead time", "Dashed: the ensemble's own spread.", score_figures.lead_curves(records)))
     if records:
         parts.append(score_figures.score_table(records))
+    pooled = score_figures.pooled_calibration(records)
+    if "<figure" in pooled:
+        lead = "One at every size if the members' errors are correlated as the truth's; above, area means are over-dispersed."
+        parts.append(_part("Calibration of area means", lead, pooled))
     shown = (
         ("series", "Error and spread in time", "RMSE of the mean; dashed, the ensemble's own spread.", score_figures.time_series),
         (
@@ -124,6 +132,19 @@ def _scores(run: Run, kind: str) -> list[Section]:
             score_figures.rank_histograms,
         ),
         ("spectra", "Spectra", "Power by wavenumber: members should follow the truth.", score_figures.spectra),
+        ("notes", "Where spectra are of", "A spectrum needs every cell of a rectangle.", score_figures.notes),
+        (
+            "reliability",
+            "Reliability of extremes",
+            "Quantiles are of the training climatology. The band is where a perfect ensemble of this size falls nine times in ten.",
+            score_figures.reliability,
+        ),
+        (
+            "economic_value",
+            "Economic value of extremes",
+            "One is a perfect forecast, zero the better of always and never acting, when acting at the best probability for each ratio.",
+            score_figures.economic_value,
+        ),
         ("stations", "Withheld reports", "Dots were never assimilated; the band is the 90 % prediction of them.", score_figures.stations),
     )
     for key, title, lead, draw in shown:

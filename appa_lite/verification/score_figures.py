@@ -8,6 +8,7 @@ import numpy as np
 from appa_lite.verification import page
 from appa_lite.verification.charts import Line, bar_chart, colours, line_chart
 from appa_lite.verification.tables import Record, duration, format_number, leads
+from appa_lite.verification.views import viewed
 
 NAMES = {
     "rmse": "RMSE",
@@ -24,8 +25,14 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
+def plain(records: Sequence[Record]) -> list[Record]:
+    """Those of the fields themselves, not of views of them."""
+    return [r for r in records if not viewed(str(r["variable"]))[1]]
+
+
 def score_table(records: Sequence[Record], most_leads: int = 4) -> str:
     """All systems and variables; the best of each column is bold."""
+    records = plain(records)
     columns = [m for m in NAMES if any(r["metric"] == m for r in records)]
     lookup = {(r["variable"], r["lead_time"], r["system"], r["metric"]): r for r in records}
     systems, groups = list(dict.fromkeys(r["system"] for r in records)), []
@@ -43,7 +50,8 @@ def score_table(records: Sequence[Record], most_leads: int = 4) -> str:
 
 
 def lead_curves(records: Sequence[Record]) -> str:
-    """RMSE and CRPS against lead time, a chart per variable."""
+    """RMSE and spread against lead time, a chart per variable."""
+    records = plain(records)
     drawn, colour = [], colours(list(dict.fromkeys(r["system"] for r in records)))
     for variable in dict.fromkeys(r["variable"] for r in records):
         lines = []
@@ -97,6 +105,71 @@ def rank_histograms(ranks: Sequence[dict]) -> str:
             )
         )
     return page.charts(drawn)
+
+
+def pooled_calibration(records: Sequence[Record]) -> str:
+    """Spread over skill against the size of the window whose mean is scored, a chart per variable, at the middle lead."""
+    curves: dict[tuple[str, str], dict[int, Record]] = {}
+    rows = [r for r in records if r["metric"] == "spread_skill"]
+    chosen = leads(rows, 2)[0] if rows else None
+    for r in (r for r in rows if r["lead_time"] == chosen):
+        variable, view = viewed(str(r["variable"]))
+        size = view.removeprefix("mean") or "1"
+        if size.isdigit():
+            curves.setdefault((variable, str(r["system"])), {})[int(size)] = r
+    drawn, colour = [], colours(list(dict.fromkeys(r["system"] for r in records)))
+    for variable in dict.fromkeys(v for (v, _), found in curves.items() if len(found) > 1):
+        lines = []
+        for system, found in ((s, found) for (v, s), found in curves.items() if v == variable):
+            rows = [found[size] for size in sorted(found)]
+            band = [[r[end] for r in rows] for end in ("low", "high")] if all(r["low"] is not None for r in rows) else [None, None]
+            lines.append(Line(words(system), sorted(found), [r["value"] for r in rows], colour[system], "line", *band))
+        lines.append(Line("", [1, max(max(line.x) for line in lines)], [1, 1], "k", "dashed"))
+        ahead = f", {duration(chosen)} ahead" if chosen is not None else ""
+        drawn.append(line_chart(lines, variable + ahead, "window (cells along a side)", "spread / skill", "log"))
+    return page.charts(drawn)
+
+
+def _middle(entries: Sequence[dict]) -> list[dict]:
+    wanted = sorted({e["lead_time"] for e in entries if e["lead_time"] is not None})
+    return [e for e in entries if e["lead_time"] == (wanted[len(wanted) // 2] if wanted else None)]
+
+
+def _event(entry: dict) -> str:
+    value = f" {format_number(entry['value'])}" if entry["value"] is not None else ""
+    ahead = f", {duration(entry['lead_time'])} ahead" if entry["lead_time"] is not None else ""
+    counts = f"{entry['events']} exceedances, {entry['independent_events']} independent"
+    return f"{entry['variable']} above its {entry['threshold'][1:]} % quantile{value}{ahead}: {counts}"
+
+
+def reliability(entries: Sequence[dict]) -> str:
+    """Observed frequency against forecast probability with consistency bars: the first system, in the middle of its leads."""
+    drawn, first = [], entries[0]["system"]
+    css = colours(list(dict.fromkeys(e["system"] for e in entries)))[first]
+    for e in (e for e in _middle(entries) if e["system"] == first and e["events"]):
+        claim = "" if e["claim"] else "; too few cases for a claim"
+        lines = [
+            Line("perfect ensemble of this size", e["probability"], e["expected"], "k", "dashed", e["low"], e["high"]),
+            Line(words(first), e["probability"], e["observed"], css),
+            Line("", e["probability"], e["observed"], css, "points"),
+        ]
+        drawn.append(line_chart(lines, _event(e) + claim, "share of members", "observed frequency", zero=True))
+    return page.charts(drawn)
+
+
+def economic_value(entries: Sequence[dict]) -> str:
+    """Relative economic value against the cost-loss ratio, all systems, in the middle of the leads."""
+    drawn, colour = [], colours(list(dict.fromkeys(e["system"] for e in entries)))
+    chosen = [e for e in _middle(entries) if e["events"] and e["system"] != "climatology"]
+    for key in dict.fromkeys((e["variable"], e["threshold"]) for e in chosen):
+        same = [e for e in chosen if (e["variable"], e["threshold"]) == key]
+        lines = [Line(words(e["system"]), e["cost_loss"], e["economic_value"], colour[e["system"]]) for e in same]
+        drawn.append(line_chart(lines, _event(same[0]), "cost / loss", "economic value", "log", zero=True))
+    return page.charts(drawn)
+
+
+def notes(entries: Sequence[dict]) -> str:
+    return "".join(f"<p>{escape(e['variable'])}: {escape(e['note'])}.</p>" for e in entries)
 
 
 def spectra(entries: Sequence[dict]) -> str:

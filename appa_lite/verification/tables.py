@@ -12,6 +12,7 @@ from appa_lite.verification.views import viewed
 COLUMNS = ("system", "variable", "metric", "lead_time", "value", "low", "high", "count")
 SHOWN = ("rmse", "crps_fair", "spread_skill", "bias", "rank_slope", "rank_u")
 SHOWN_OF_VIEWS = ("crps_fair", "spread_skill", "rank_u")
+COMPARED = ("rmse_minus_", "crps_fair_minus_")
 Record = dict[str, object]
 
 
@@ -53,7 +54,9 @@ def leads(records: Iterable[Record], most: int) -> list[float | None]:
 
 
 def format_number(value: object) -> str:
-    """Three digits."""
+    """Three digits; a count as it is."""
+    if isinstance(value, int):
+        return str(value)
     return "" if value is None else f"{value:#.3g}".rstrip(".") if abs(value) < 1000 else f"{value:.0f}"
 
 
@@ -69,7 +72,7 @@ def format_table(records: list[Record], most_leads: int = 5) -> str:
     for label in labels:
         columns = [f"{name}_{label}" for name in ("twcrps", "brier", "rev", "events", "independent_events")]
         lines += ["", f"exceedances of the {label[1:]} % quantile of the training climatology", *_table(records, chosen, columns)]
-    differences = [r for r in plain if "_minus_" in r["metric"] and r["lead_time"] in chosen and r["low"] is not None]
+    differences = [r for r in plain if str(r["metric"]).startswith(COMPARED) and r["lead_time"] in chosen and r["low"] is not None]
     if differences:
         lines += ["", "paired differences, negative where the first is better"]
     for r in differences:

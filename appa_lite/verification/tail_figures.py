@@ -20,7 +20,7 @@ def tail_table(records: Sequence[Record]) -> str:
     width = max(len(n) for n in names) + 2
     lines = [f"{'':14}" + "".join(f"{n:>{width}}" for n in names)]
     first = {(r["metric"], r["level"]): r["truth"] for r in records}
-    lines.append(f"{'truth':14}" + "".join(f"{first[c]:>{width}.2f}" for c in COLUMNS))
+    lines.append(f"{'truth':14}" + "".join(f"{first[c] or float('nan'):>{width}.2f}" for c in COLUMNS))
     for prior in dict.fromkeys(r["prior"] for r in records):
         cells = []
         for metric, level in COLUMNS:

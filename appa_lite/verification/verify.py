@@ -104,11 +104,11 @@ class Verification:
             else ObservationPairs(systems, observations, climatology, kriging, kriging_fit, self.lapse_rates)
         )
         details, records = Details(against, self.block), []
-        pairs = [(next(iter(systems)), other) for other in against.names]
+        first, *others = against.names
         for tally in self.tallies(against, against.variables(variables), thresholds, seed, details):
             for lead, index in grouped(against.cases):
                 group = Group(tally, lead, index, self.resampling(seed))
-                records += group.scores() + group.differences(pairs, COMPARED)
+                records += group.scores() + group.differences([(first, other) for other in others], COMPARED)
         if not records:
             raise UserError("nothing could be compared: no cell or observation has both a forecast and a truth")
         return Scores(records, details.to_dict())
