@@ -41,6 +41,10 @@ COMMANDS = {
         "forecast ensemble from an analysis or one state",
         "checkpoint=checkpoints/lorenz96 initial=runs/reanalysis.zarr out=runs/forecast.zarr lead=5d",
     ),
+    "compare": (
+        "families of forecast models at one budget, beside an oracle that samples the law itself",
+        "experiment=lorenz96_compare budget=20m out=runs/compare",
+    ),
     "verify": (
         "score a forecast or analysis against a truth or observations",
         "forecast=runs/forecast.zarr truth=runs/truth.zarr out=runs/scores.json",

@@ -28,9 +28,22 @@ HELPERS = {
     "diffusion": {"schedule"},
     "guidance": {"gaussian", "modes"},
     "models": {"deterministic", "margins", "normalizer"},
-    "training": {"checkpoints", "data", "ema", "emulator", "fully_shard", "logs", "prepare", "processes", "schedule", "signals", "strategy", "zero"},
+    "training": {
+        "checkpoints",
+        "data",
+        "ema",
+        "emulator",
+        "fully_shard",
+        "logs",
+        "prepare",
+        "processes",
+        "schedule",
+        "signals",
+        "strategy",
+        "zero",
+    },
     "forecasters": {"designs", "ensemble", "initial", "localisation", "posterior", "rollout"},
-    "stages": {"assimilation", "device", "parallel", "prior"},
+    "stages": {"assimilation", "comparison", "device", "matrix", "parallel", "prior", "twin"},
 }
 #: modules whose trade is to know the leaves: they read what is saved or tabulated and find its class, or chain commands
 ASSEMBLERS = {"observations": {"build"}, "models": {"checkpoint"}, "stages": {"quickstart", "tune"}}

@@ -16,7 +16,7 @@ from appa_lite.data.open import open_fields, parse_date
 from appa_lite.forecasters.base import Forecaster, Progress
 from appa_lite.guidance.base import SolverReport
 from appa_lite.stages.parallel import Part, Work, batches, packed, stacked, unpacked
-from appa_lite.stages.prior import competitor, duration, matching_fields
+from appa_lite.stages.prior import competitor, counted, duration, matching_fields
 
 
 def run(cfg: DictConfig) -> None:
@@ -52,8 +52,10 @@ def predict(cfg: DictConfig, initial: str | xr.Dataset, inputs: list[str], work:
     def piece(i: int, progress: Progress) -> Part:
         known, times, some = todo[i]
         rows, forecaster.report = known[[m % len(known) for m in some]], SolverReport()
-        out = forecaster.forecast(rows, times, frames, some, cfg.seed, progress).cpu()
-        return {"fields": torch.cat([rows[:, -1:], out], dim=1), "solver": packed(asdict(forecaster.report))}
+        with counted(setting.checkpoint) as calls:
+            out = forecaster.forecast(rows, times, frames, some, cfg.seed, progress).cpu()
+        part = {"fields": torch.cat([rows[:, -1:], out], dim=1), "calls": torch.tensor(sum(calls))}
+        return part | {"solver": packed(asdict(forecaster.report))}
 
     parts = work.map(len(todo), piece)
     if parts is None:
@@ -67,7 +69,8 @@ def predict(cfg: DictConfig, initial: str | xr.Dataset, inputs: list[str], work:
     dates = np.array([times[-1] for _, times in histories])
     coords = {"time": dates, "prediction_timedelta": leads, "number": np.arange(cfg.members or fields.shape[0])}
     result = work.dataset(spec, da.stack(ensembles).swapaxes(1, 2), coords)
-    result.attrs = provenance(cfg, cfg.seed, inputs) | report.summary() | {"field_spec": json.dumps(spec.to_dict())}
+    calls = {"network_calls": sum(int(part["calls"]) for part in parts) / (len(histories) * coords["number"].size)}
+    result.attrs = provenance(cfg, cfg.seed, inputs) | report.summary() | calls | {"field_spec": json.dumps(spec.to_dict())}
     return result
 
 

@@ -2,7 +2,8 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,20 @@ def matching_fields(path: str | xr.Dataset, spec: FieldSpec, options: Mapping[st
         if theirs.units != ours.units:
             raise UserError(f"wrong units: '{ours.name}' of '{path}' is in '{theirs.units}', in the model in '{ours.units}': convert it")
     return dataset
+
+
+@contextmanager
+def counted(checkpoint: Checkpoint | None) -> Iterator[list[int]]:
+    """Within the context, the rows that every evaluation of the checkpoint's networks is given are noted in the list."""
+    rows: list[int] = []
+    networks = [] if checkpoint is None else [m for m in (checkpoint.denoiser, checkpoint.emulator) if m is not None]
+    first = [module for network in networks for name, module in network.named_modules() if name.endswith("blocks.0")]
+    hooks = [module.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[0])) for module in first]
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Bar:

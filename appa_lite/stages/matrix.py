@@ -1,0 +1,116 @@
+"""Many commands side by side: jobs in worker processes of one thread each, what is done is kept, and the time left is shown."""
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+
+from tqdm import tqdm
+
+from appa_lite.core.errors import UserError
+from appa_lite.core.store import atomic
+
+
+@dataclass(frozen=True)
+class Job:
+    """Commands to run one after the other, as they could be typed, and a name that is a path below the matrix's folder."""
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    weight: float = 1.0  #: expected share of the time, in units of the other jobs'
+
+
+class Matrix:
+    """Runs jobs, ``processes`` at a time; a job that ended well leaves a record and is not run again.
+
+        with Matrix(folder, 2) as matrix:
+            seconds = matrix.run(jobs, "trainings")
+
+    Args:
+        folder: of records (``NAME.json``: seconds of each command) and logs (``NAME.log``).
+        processes: workers, each with one thread, so that they do not wait for each other's.
+    """
+
+    def __init__(self, folder: Path, processes: int):
+        if processes < 1:
+            raise UserError(f"processes={processes} must be at least 1")
+        self.folder, self.processes = folder, processes
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Matrix":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def run(self, jobs: Sequence[Job], title: str) -> dict[str, list[float]]:
+        """Seconds of the commands of every job, by its name.
+
+        Raises:
+            UserError: a job failed. Those that are running still end well; the same command goes on from there.
+        """
+        waiting = [job for job in jobs if not self._record(job).exists()]
+        if waiting:
+            total = sum(job.weight for job in jobs)
+            done = total - sum(job.weight for job in waiting)
+            with tqdm(total=total, initial=done, desc=title, bar_format="{l_bar}{bar}| {elapsed}<{remaining}", leave=False) as bar:
+                self._run(waiting, bar)
+        return {job.name: json.loads(self._record(job).read_text())["seconds"] for job in jobs}
+
+    def _record(self, job: Job) -> Path:
+        return self.folder / f"{job.name}.json"
+
+    def _run(self, jobs: list[Job], bar: tqdm) -> None:
+        if self._pool is None:  # workers import for seconds: the same ones serve all that is run
+            self._pool = ProcessPoolExecutor(self.processes, get_context("spawn"), _start)
+        running: dict[Future, Job] = {}
+        for job in jobs:
+            running[self._pool.submit(_work, job.commands, str(self.folder / f"{job.name}.log"))] = job
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                seconds, failure = future.result()
+                if failure:
+                    for other in running:
+                        other.cancel()
+                    raise UserError(f"{job.name} failed: {failure} (all it said is in {self.folder / job.name}.log)")
+                with atomic(self._record(job)) as partial:
+                    partial.write_text(json.dumps({"commands": [shlex.join(c) for c in job.commands], "seconds": seconds}))
+                bar.update(job.weight)
+
+
+def _start() -> None:
+    """One thread for each worker, and none of the launcher's environment."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _work(commands: Sequence[Sequence[str]], log: str) -> tuple[list[float], str | None]:
+    """Seconds of each command, and what went wrong if something did."""
+    from appa_lite.config import compose
+
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    seconds = []
+    with open(log, "a", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        for command in commands:
+            print(f"$ appa-lite {shlex.join(command)}", file=sys.stdout)
+            began = time.monotonic()
+            try:
+                import_module(f"appa_lite.stages.{command[0]}").run(compose(command[0], list(command[1:])))
+            except (UserError, OSError, SystemExit) as error:
+                return seconds, str(error) or type(error).__name__
+            seconds.append(round(time.monotonic() - began, 3))
+    return seconds, None

@@ -1,0 +1,97 @@
+"""Twin experiments of forecasts: truths with initial times, and the law that a perfect model would say of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from appa_lite.core.errors import UserError
+from appa_lite.core.fields import to_datetime
+from appa_lite.core.random import derive
+from appa_lite.simulators.base import Simulator, states
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Design:
+    """Which forecasts are asked for.
+
+    Args:
+        trajectories: independent truths; starts: initial times of each; spacing: frames between them;
+        history: frames known up to the initial time; lead: frames ahead; members: of an ensemble;
+        begin: seconds since 1970 of the first frame. The truths follow one another on the time axis, without overlap.
+    """
+
+    trajectories: int
+    starts: int
+    spacing: int
+    history: int
+    lead: int
+    members: int
+    begin: float
+
+    def __post_init__(self):
+        if min(self.trajectories, self.starts, self.spacing, self.history, self.lead) < 1 or self.members < 2:
+            raise UserError("test: trajectories, starts, spacing, history and lead are at least 1, members at least 2")
+
+    @property
+    def frames(self) -> int:
+        """Of one truth."""
+        return self.history + (self.starts - 1) * self.spacing + self.lead
+
+    @property
+    def initial_frames(self) -> list[int]:
+        return [self.history - 1 + i * self.spacing for i in range(self.starts)]
+
+    def times(self, trajectory: int, step: float) -> np.ndarray:
+        """(frames,) datetime64 of one truth."""
+        return to_datetime(self.begin + step * (trajectory * self.frames + np.arange(self.frames)))
+
+
+@torch.no_grad()
+def truths(simulator: Simulator, design: Design, seed: int, start: str | Path | None, progress: Progress) -> tuple[Tensor, Tensor]:
+    """Fields (N, T, C, H, W) of the truths, and full states (N, starts, ...) at the initial times, hidden parts included.
+
+    ``start``: spun-up states to branch from, as for ``trajectories``.
+    """
+    members, wanted = range(design.trajectories), set(design.initial_frames)
+    fields, kept = [], []
+    for frame, state in enumerate(states(simulator, seed, members, design.frames, start=start, progress=progress)):
+        fields.append(simulator.fields(state).cpu())
+        if frame in wanted:
+            kept.append(state)
+    return torch.stack(fields, 1), torch.stack(kept, 1)
+
+
+@torch.no_grad()
+def oracle(simulator: Simulator, known: Tensor, design: Design, seed: int, progress: Progress) -> Tensor:
+    """The simulator's own ensemble (N, starts, lead, members, C, H, W) from the true states, under forcing of its own.
+
+    Where the only thing not known is the random forcing to come, this is the law that every forecast is asked for: the floor
+    of every proper score.
+    """
+    count = design.trajectories * design.starts
+    state = known.flatten(0, 1).repeat_interleave(design.members, 0)
+    names, own = list(range(count * design.members)), derive(seed, "oracle")
+    out = []
+    for frame in range(design.lead):
+        state = simulator.advance(state, frame, own, names)
+        out.append(simulator.fields(state).cpu())
+        progress(frame + 1, design.lead)
+    fields = torch.stack(out, 1).unflatten(0, (design.trajectories, design.starts, design.members))
+    return fields.transpose(2, 3)
+
+
+def forecast_dataset(simulator: Simulator, design: Design, fields: Tensor, initial: Tensor) -> xr.Dataset:
+    """A forecast (time, prediction_timedelta, number, grid) of fields (N, starts, lead, members, ...); lead zero is the truth's."""
+    step = simulator.spec.step
+    first = initial[:, :, None, None].expand(-1, -1, 1, fields.shape[3], -1, -1, -1)
+    dates = np.concatenate([design.times(n, step)[design.initial_frames] for n in range(design.trajectories)])
+    leads = (np.arange(design.lead + 1) * step * 1e9).astype("timedelta64[ns]")
+    coords = {"time": dates, "prediction_timedelta": leads, "number": np.arange(fields.shape[3])}
+    return simulator.spec.to_dataset(torch.cat([first, fields], 2).flatten(0, 1), coords)
