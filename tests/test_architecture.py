@@ -25,12 +25,12 @@ MAY_IMPORT |= {"api": {"stages", "config", "core", "models", "observations"}, "_
 HELPERS = {
     "simulators": {"random_fields", "rings", "stepping"},
     "observations": {"build", "cells", "discrete", "network", "options", "points", "rows", "table", "tracks", "units"},
-    "diffusion": {"schedule"},
+    "diffusion": {"noise_laws", "schedule"},
     "guidance": {"gaussian", "modes"},
     "models": {"deterministic", "margins", "normalizer"},
-    "training": {"checkpoints", "data", "ema", "emulator", "fully_shard", "logs", "prepare", "processes", "schedule", "signals", "strategy", "zero"},
+    "training": {"checkpoints", "costs", "data", "denoiser", "ema", "emulator", "fully_shard", "logs", "prepare", "processes", "schedule", "signals", "strategy", "zero"},
     "forecasters": {"designs", "ensemble", "initial", "localisation", "posterior", "rollout"},
-    "stages": {"assimilation", "device", "parallel", "prior"},
+    "stages": {"assimilation", "device", "heavy_tails", "parallel", "prior"},
 }
 #: modules whose trade is to know the leaves: they read what is saved or tabulated and find its class, or chain commands
 ASSEMBLERS = {"observations": {"build"}, "models": {"checkpoint"}, "stages": {"quickstart", "tune"}}
