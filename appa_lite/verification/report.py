@@ -123,6 +123,10 @@ def _scores(run: Run, kind: str) -> list[Section]:
     if "<figure" in pooled:
         lead = "One at every size if the members' errors are correlated as the truth's; above, area means are over-dispersed."
         parts.append(_part("Calibration of area means", lead, pooled))
+    extremes = score_figures.extremes_table(records)
+    if extremes:
+        lead = "Quantiles are of the training climatology. Under ten independent events no interval is given."
+        parts.append(_part("Extremes", lead, extremes))
     shown = (
         ("series", "Error and spread in time", "RMSE of the mean; dashed, the ensemble's own spread.", score_figures.time_series),
         (
