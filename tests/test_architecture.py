@@ -28,7 +28,7 @@ HELPERS = {
     "diffusion": {"noise_laws", "schedule"},
     "guidance": {"gaussian", "modes"},
     "models": {"deterministic", "margins", "normalizer"},
-    "training": {"checkpoints", "costs", "data", "denoiser", "ema", "emulator", "fully_shard", "logs", "prepare", "processes", "schedule", "signals", "strategy", "zero"},
+    "training": {"checkpoints", "costs", "data", "denoiser", "ema", "emulator", "fully_shard", "logs", "prepare", "processes", "profile", "schedule", "signals", "strategy", "zero"},
     "forecasters": {"designs", "ensemble", "initial", "localisation", "posterior", "rollout"},
     "stages": {"assimilation", "device", "heavy_tails", "parallel", "prior"},
 }
