@@ -26,7 +26,7 @@ HELPERS = {
     "simulators": {"random_fields", "rings", "stepping"},
     "observations": {"build", "cells", "discrete", "network", "options", "points", "rows", "table", "tracks", "units"},
     "diffusion": {"noise_laws", "schedule"},
-    "guidance": {"gaussian", "modes"},
+    "guidance": {"gaussian", "modes", "scores"},
     "models": {"deterministic", "margins", "normalizer"},
     "training": {"checkpoints", "costs", "data", "denoiser", "ema", "emulator", "fully_shard", "logs", "prepare", "processes", "profile", "schedule", "signals", "strategy", "zero"},
     "forecasters": {"designs", "ensemble", "initial", "localisation", "posterior", "rollout"},

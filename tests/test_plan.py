@@ -150,3 +150,33 @@ def test_the_command_writes_a_tidy_table(tmp_path, monkeypatch, capsys, ending):
 def test_mistakes(arguments, message):
     with pytest.raises(UserError, match=message):
         plan.run(compose("plan", ["experiment=ocean", "size=debug", *arguments]))
+
+
+def test_profile_of_a_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ring = ("experiment=lorenz96", "size=debug")
+    assert cli.main(["simulate", *ring, "frames=60", "spinup=2", "out=train.zarr"]) == 0
+    assert cli.main(["train", *ring, "trainable=identity", "data=train.zarr", "run=identity"]) == 0
+    training = [
+        "train",
+        *ring,
+        "trainable=denoiser",
+        "autoencoder=identity/model",
+        "data=train.zarr",
+        "training.profile=true",
+        "device=cpu",
+    ]
+    assert cli.main([*training, "training.steps=15", "run=short"]) == 2
+    assert "watches 16 steps, 15 are left" in capsys.readouterr().err
+    assert cli.main([*training, "training.steps=18", "run=prior"]) == 0
+    assert "communication" in capsys.readouterr().out
+    found = pd.DataFrame(json.loads((tmp_path / "prior" / "profile.json").read_text())).set_index("quantity")["value"]
+    parts = found[["data", "forward", "backward", "optimizer", "average", "rest"]]
+    assert parts.sum() == pytest.approx(found["step"]) and (parts.drop("rest") > 0).all() and 0 < found["mfu"] < 1
+    trace = json.loads((tmp_path / "prior" / "trace.json").read_text())
+    assert any(event.get("name") == "aten::convolution" for event in trace["traceEvents"])
+    assert cli.main([*training[:-2], "training.steps=18", "run=plain", "device=cpu"]) == 0  # the same weights without it
+    for name in ("prior", "plain"):
+        assert (tmp_path / name / "model" / "model.json").exists()
+    a, b = (json.loads((tmp_path / name / "summary.json").read_text())["loss"] for name in ("prior", "plain"))
+    assert a == b
