@@ -37,6 +37,10 @@ COMMANDS = {
         "the settings of an assimilation method with the smallest error on validation data",
         "experiment=lorenz96 forecaster=letkf truth=runs/validation.zarr observations=runs/obs.parquet grid={radius:[12,20]}",
     ),
+    "plan": (
+        "memory, time, traffic and cost of a training, before any of it is paid",
+        "experiment=ocean size=base launch=zero2 processes=8 device=a100 out=plan.json",
+    ),
     "forecast": (
         "forecast ensemble from an analysis or one state",
         "checkpoint=checkpoints/lorenz96 initial=runs/reanalysis.zarr out=runs/forecast.zarr lead=5d",
@@ -48,6 +52,10 @@ COMMANDS = {
     "verify": (
         "score a forecast or analysis against a truth or observations",
         "forecast=runs/forecast.zarr truth=runs/truth.zarr out=runs/scores.json",
+    ),
+    "tails": (
+        "heavy-tailed priors side by side on data whose tail is known",
+        "experiment=advected_rain budget=2m out=runs/tails",
     ),
     "benchmark": (
         "guidance methods beside a posterior that is known: error against cost",

@@ -25,25 +25,28 @@ MAY_IMPORT |= {"api": {"stages", "config", "core", "models", "observations"}, "_
 HELPERS = {
     "simulators": {"random_fields", "rings", "stepping"},
     "observations": {"build", "cells", "discrete", "network", "options", "points", "rows", "table", "tracks", "units"},
-    "diffusion": {"schedule"},
-    "guidance": {"gaussian", "modes"},
+    "diffusion": {"noise_laws", "schedule"},
+    "guidance": {"gaussian", "modes", "scores"},
     "models": {"deterministic", "margins", "normalizer"},
     "training": {
         "checkpoints",
+        "costs",
         "data",
+        "denoiser",
         "ema",
         "emulator",
         "fully_shard",
         "logs",
         "prepare",
         "processes",
+        "profile",
         "schedule",
         "signals",
         "strategy",
         "zero",
     },
     "forecasters": {"designs", "ensemble", "initial", "localisation", "posterior", "rollout"},
-    "stages": {"assimilation", "comparison", "device", "matrix", "parallel", "prior", "twin"},
+    "stages": {"assimilation", "comparison", "device", "heavy_tails", "matrix", "parallel", "prior", "twin"},
 }
 #: modules whose trade is to know the leaves: they read what is saved or tabulated and find its class, or chain commands
 ASSEMBLERS = {"observations": {"build"}, "models": {"checkpoint"}, "stages": {"quickstart", "tune"}}

@@ -123,9 +123,11 @@ def worlds(rng: np.random.Generator, starts: int = 24, members: int = 6):
     }
     dims = ("time", "prediction_timedelta", "number", "x")
     signal = rng.standard_normal((starts, leads, 1, 40))
-    make = lambda share: xr.Dataset(
-        {"v": (dims, share * signal + (2 - share**2) ** 0.5 * rng.standard_normal((starts, leads, members, 40)))}, coords
-    )  # noqa: E731,E501
+
+    def make(share: float) -> xr.Dataset:
+        noise = rng.standard_normal((starts, leads, members, 40))
+        return xr.Dataset({"v": (dims, share * signal + (2 - share**2) ** 0.5 * noise)}, coords)
+
     truth = make(1.0).isel(number=0, drop=True)
     training = xr.Dataset({"v": (("trajectory", "time", "x"), 2**0.5 * rng.standard_normal((5, 200, 40)))}, {"x": coords["x"]})
     names = {"oracle": 1.0, "good-0": 0.8, "good-1": 0.8, "poor-0": 0.3, "poor-1": 0.3, "both": 0.8}
@@ -158,7 +160,7 @@ def test_the_table_and_page_of_a_comparison():
         trials(),
         {"experiment": "x", "test": {"trajectories": 1, "starts": 24, "members": 6}, "seeds": 2, "reference": "good"},
         ["a"],
-    )  # noqa: E501
+    )
     assert all(word in page for word in ("CRPS skill", "worse", "Extremes", "network calls", "v mean5"))
     assert "good" in summary(records, trials())
 

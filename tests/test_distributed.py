@@ -183,16 +183,16 @@ def main():
 # In the tests
 
 
-def launch(name, *arguments, processes=2, **options):
-    """Starts this file's `main`, or a module, as a user would."""
+def launch(name, *arguments, processes=2):
+    """Starts this file's `main`, or a module, as a user would who has no compiler."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "CXX": "false"}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/accelerate/{name}.yaml"]
     command += ["--main_process_port", str(port), "--num_processes", str(processes), *(str(a) for a in arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process, seconds=300):
@@ -306,8 +306,113 @@ def test_sigterm_to_the_launcher(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+def test_a_launcher_that_would_train_once_is_refused(tmp_path):
+    """`accelerate launch --cpu --num_processes 2` starts one process, and says nothing."""
+    output = finish(process := launch("cpu", "--cpu", __file__, tmp_path, "slowly"))
+    assert process.returncode and "2 processes were launched but 1 train together" in output
+    assert not (tmp_path / "checkpoints").exists()
+
+
+# Long ones
+
+
+@pytest.fixture(scope="module")
+def ring(tmp_path_factory):
+    """Data to train on, for the command line."""
+    out = tmp_path_factory.mktemp("ring")
+    command, data = [sys.executable, "-m", "appa_lite"], out / "train.zarr"
+    for verb in (
+        ("simulate", "frames=60", "spinup=20", f"out={data}"),
+        ("train", "trainable=identity", f"data={data}", f"run={out / 'identity'}"),
+    ):
+        subprocess.run([*command, verb[0], "experiment=lorenz96", "size=debug", *verb[1:]], cwd=ROOT, check=True)
+    return f"data={data}", f"autoencoder={out / 'identity' / 'model'}"
+
+
+RECIPE = ("-m", "appa_lite", "train", "experiment=lorenz96", "size=debug", "trainable=denoiser", "training.optimizer=adamw")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "launch" / "accelerate").glob("*.yaml")))
+def test_every_launch_configuration_trains(name, ring, tmp_path):
+    """Through the command line; several nodes as several launchers on this machine."""
+    if "zero" in name:
+        pytest.importorskip("deepspeed")
+    arguments = [*RECIPE, *ring, f"run={tmp_path}"]
+    processes = 1 if name in ("cpu", "gpu") else 2
+    if name == "multi_node":
+        first = launch(name, "--machine_rank", 0, *arguments)
+        second = launch(name, "--main_process_port", first.args[6], "--machine_rank", 1, *arguments)
+        assert "error" not in second.communicate(timeout=200)[0]
+        output = finish(first)
+    else:
+        output = finish(launch(name, *arguments, processes=processes))
+    assert (tmp_path / "summary.json").exists(), output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    strategy = {"cpu": "one process", "gpu": "one process"}.get(name, STRATEGIES.get(name.split("_")[0], "ddp"))
+    assert (summary["strategy"], summary["processes"]) == (strategy, processes)
+    assert (tmp_path / "model").is_dir() and not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "processes", "kills"), [("cpu", 1, 40), ("cpu2", 2, 6), ("fsdp2", 2, 4)])
+def test_random_kills_leave_the_same_model(name, processes, kills, tmp_path):
+    """SIGKILL at any time, to a process of the training; the same command goes on, to the same bits."""
+    finish(launch(name, __file__, tmp_path / "whole", "killed", processes=processes))
+    draw, killed, attempts = np.random.default_rng(0), 0, 0
+    while not (tmp_path / "cut" / "summary.json").exists():
+        attempts += 1
+        assert attempts < 4 * kills
+        process = launch(name, __file__, tmp_path / "cut", "killed", processes=processes)
+        began = len(rows(tmp_path / "cut", "loss"))
+        while killed < kills and process.poll() is None and len(rows(tmp_path / "cut", "loss")) <= began:
+            time.sleep(0.01)
+        if killed < kills:
+            time.sleep(draw.exponential(0.4))
+            workers = [p for p in psutil.Process(process.pid).children() if __file__ in " ".join(p.cmdline())]
+            if workers:
+                workers[draw.integers(len(workers))].kill()
+                killed += 1
+        finish(process)
+    assert killed == kills
+    assert_same(everything(tmp_path / "cut"), everything(tmp_path / "whole"))
+    assert_same(exported(tmp_path / "cut"), exported(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_slurm(ring, tmp_path):
+    """The job's script with stand-ins for Slurm's commands: a time limit, a queue, and the rest of the training."""
+    commands = {
+        "srun": f'echo $$ > {tmp_path}/pid\nSLURM_NODEID=0 exec "$@"',
+        "scancel": f"kill -TERM $(cat {tmp_path}/pid)",
+        "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/queue',
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    environment |= {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment |= {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "17", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
+    run = tmp_path / "run"
+    arguments = ["bash", "launch/slurm.sh", "cpu2", f"run={run}", *RECIPE[3:], *ring, "training.steps=150", "training.log_every=1"]
+    options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(arguments, **options) as job:
+        while len(rows(run, "loss")) < 3:
+            assert job.poll() is None, job.stdout.read()
+            time.sleep(0.02)
+        job.send_signal(signal.SIGTERM)
+        output, _ = job.communicate(timeout=100)
+    assert "stopped by SIGTERM" in output and (tmp_path / "queue").read_text() == "requeue 17\n", output
+    assert not (run / "summary.json").exists()
+    again = subprocess.run(arguments, **options)
+    assert again.returncode == 0, again.stdout
+    assert json.loads((run / "summary.json").read_text())["processes"] == 2
+
+
 if __name__ == "__main__":
-    if sys.argv[2] == "slowly":
+    if sys.argv[2] == "killed":
+        fit(Path(sys.argv[1]), Denoising(dropout=0.2, pause=0.02), steps=400, checkpoint_every=7)
+    elif sys.argv[2] == "slowly":
         fit(Path(sys.argv[1]), Denoising(pause=0.3))
     else:
         main()

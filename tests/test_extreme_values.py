@@ -9,6 +9,7 @@ from appa_lite.core.errors import UserError
 from appa_lite.verification.block_maxima import block_maxima, fit_maxima
 from appa_lite.verification.extreme_values import ParetoTail, decluster, extremal_index, fit_pareto, fit_series, fit_tail, l_moments
 from appa_lite.verification.return_levels import compare_return_levels
+from appa_lite.verification.tail_scores import censored_log_score, score_tails
 
 
 @pytest.fixture
@@ -221,3 +222,24 @@ def test_return_levels_of_two_runs(rng):
     assert any("beyond the longer series" in r["note"] for r in far)
     with pytest.raises(UserError, match="return levels of the model"):
         compare_return_levels(truth[:, :100], truth, [1e3])
+
+
+# which tail
+
+
+def test_the_censored_log_score_is_proper_and_counts_its_events(rng):
+    law = lambda shape: ParetoTail(2.0, 1.5 if shape else 2.3, shape, np.eye(2), 0.1, 1, "ml", np.ones(30))  # noqa: E731
+    assert censored_log_score(law(0.3), np.array([1.0, 5.0])) == pytest.approx(
+        [-np.log(0.9), -np.log(0.1) - stats.genpareto.logpdf(3.0, 0.3, scale=1.5)]
+    )
+    assert np.isinf(censored_log_score(law(-0.5), np.array([9.0])))[0] and np.isnan(censored_log_score(law(0.3), np.array([np.nan])))[0]
+    events = rng.random((2, 20_000)) < 0.1
+    observed = np.where(events, 2 + stats.genpareto.rvs(0.3, scale=1.5, size=events.shape, random_state=rng), 0.0)
+    tails = {"truth": law(0.3), "exponential": law(0.0), "doubled": ParetoTail(2.0, 3.0, 0.3, np.eye(2), 0.2, 1, "ml", np.ones(30))}
+    rows = {(r["system"], r["metric"]): r for r in score_tails(tails, observed)}
+    for name in ("exponential", "doubled"):
+        assert rows[name, "censored_log_score_minus_truth"]["low"] > 0
+    assert rows["truth", "censored_log_score"]["events"] == events.sum() > rows["truth", "censored_log_score"]["independent_events"] > 1000
+    assert all(r["low"] is None for r in score_tails(tails, observed[:, :50]))
+    with pytest.raises(UserError, match="above one threshold"):
+        score_tails({"a": law(0.3), "b": fit_tail(observed, 4.0)}, observed)

@@ -1,16 +1,25 @@
-"""Heavy tails: simulators whose laws are known."""
+"""Heavy tails: simulators whose laws are known, noises and samplers, and the command that compares priors."""
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
 
+from appa_lite.config import compose
 from appa_lite.core.errors import UserError
+from appa_lite.diffusion.noise_laws import Stable, Student
+from appa_lite.diffusion.samplers import DLPM, ExponentialAdamsBashforth
+from appa_lite.forecasters.latent_diffusion import LatentDiffusion
+from appa_lite.forecasters.tail_laboratory import MetaGaussian, Summary, snapshots, tail_scores
+from appa_lite.guidance.moment_matching import MomentMatching
+from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.simulators.advected_rain import AdvectedRain
 from appa_lite.simulators.base import states, trajectories
 from appa_lite.simulators.cam_field import CamField
 from appa_lite.simulators.random_fields import PeriodicField
+from appa_lite.stages import tails
 
 DOUBLE = torch.float64
 
@@ -102,3 +111,136 @@ def test_cam_noise_forgets_where_it_started():
 def test_cam_noise_that_cannot_be():
     with pytest.raises(UserError, match="degrees > 1"):
         CamField(degrees=1.0)
+
+
+# Noise laws and their samplers
+
+
+def uniforms(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(n, 2, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
+def normals(n: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
+@pytest.mark.parametrize("degrees", [2.5, 4.0])
+def test_student_noise_is_student_with_unit_variance(degrees):
+    n = Student(degrees).scale(uniforms(20_000)) * normals(20_000)
+    assert stats.kstest((n * math.sqrt(degrees / (degrees - 2))).numpy(), stats.t(degrees).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("alpha", [1.2, 1.8])
+def test_stable_scales_have_their_laplace_transform_and_add_up_along_the_chain(alpha):
+    argument = torch.tensor([0.1, 0.5, 2.0], dtype=DOUBLE)
+    a = Stable(alpha).square(uniforms(40_000))
+    torch.testing.assert_close(torch.exp(-argument[:, None] * a).mean(1), torch.exp(-(argument ** (alpha / 2))), atol=6e-3, rtol=0)
+    sampler = DLPM(steps=6, sigma_max=3.0, sigma_min=0.1, alpha=alpha)
+    v = sampler.variances(torch.rand(20_000, 6, 2, generator=torch.Generator().manual_seed(2), dtype=DOUBLE))
+    assert (v.diff(dim=1) < 0).all()
+    for column, sigma in enumerate(sampler.levels[:-1]):
+        wanted = torch.exp(-(sigma**alpha) * argument ** (alpha / 2))
+        torch.testing.assert_close(torch.exp(-argument[:, None] * v[:, column]).mean(1), wanted, atol=1e-2, rtol=0)
+
+
+def test_dlpm_near_alpha_2_is_ancestral_sampling():
+    stream = torch.Generator().manual_seed(0)
+    sampler = DLPM(steps=200, sigma_max=30.0, sigma_min=1e-2, alpha=1.9999)
+    x = sampler(lambda x, sigma: x / (1 + sigma**2), lambda step: torch.randn(10_000, 2, generator=stream, dtype=DOUBLE))
+    assert float(x.std()) == pytest.approx(1.0, abs=0.04)
+
+
+def test_dlpm_on_stable_data_is_right_in_the_body_and_short_in_the_tail():
+    """E[z | z + sigma n] = c^alpha / (c^alpha + sigma^alpha) x, where data of scale c and noise are stable with one index.
+
+    A jump of the noise is undone by the mean of z given x, whatever the number of steps: the spread of z is lost there.
+    """
+    alpha, scale, members = 1.7, 0.7, 20_000
+    sampler = DLPM(steps=100, sigma_max=100.0, sigma_min=1e-3, alpha=alpha)
+    stream = torch.Generator().manual_seed(0)
+    x = sampler(
+        lambda x, sigma: x * scale**alpha / (scale**alpha + sigma**alpha),
+        lambda step: torch.randn(members, 2, generator=stream, dtype=DOUBLE),
+    )
+    exact = scale * Stable(alpha).scale(uniforms(400_000, 5)) * normals(400_000, 6)
+    p = probabilities(0.25, 0.1, 0.02, 0.005)
+    ratio = torch.quantile(x[:, 0].abs(), 1 - p) / torch.quantile(exact.abs(), 1 - p)
+    assert (ratio[:2] > 0.85).all() and (ratio[2:] > 0.65).all() and (ratio < 1.05).all()
+    gaussian = stats.norm.isf(p.numpy() / 2) / stats.norm.isf(0.125)
+    assert float(x[:, 0].abs().quantile(0.995) / x[:, 0].abs().quantile(0.75)) > 2 * gaussian[3]  # heavy all the same
+
+
+def test_the_probability_flow_is_the_same_for_student_noise():
+    """In one dimension it maps quantiles to quantiles: t-EDM with the exact denoiser draws Student data, tail and all."""
+    nu, grid = 4.0, torch.linspace(-60, 60, 2401, dtype=DOUBLE)
+    prior = torch.from_numpy(stats.t.pdf(grid.numpy(), nu))
+    unit = math.sqrt((nu - 2) / nu)
+
+    def denoiser(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        u = (x - grid) / (float(sigma) * unit)
+        weight = prior * (1 + u**2 / nu) ** (-(nu + 1) / 2)
+        return (weight * grid).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)
+
+    level = probabilities(0.2, 0.05, 0.01, 1e-3)
+    start = unit * torch.from_numpy(stats.t.isf(level.numpy(), nu))[:, None]
+    x = ExponentialAdamsBashforth(60, 50.0, 0.3, 3)(denoiser, lambda step: start)
+    torch.testing.assert_close(x[:, 0], torch.from_numpy(stats.t.isf(level.numpy(), nu)), rtol=0.04, atol=0)
+
+
+@pytest.mark.parametrize(("law", "keys"), [(Student, {"degrees": 2.0}), (Stable, {"alpha": 2.0}), (Stable, {"alpha": 0.0})])
+def test_noise_that_cannot_be(law, keys):
+    with pytest.raises(UserError, match="noise needs"):
+        law(**keys)
+
+
+# Judging tails
+
+
+def test_a_sample_of_the_law_itself_scores_well_and_a_light_one_does_not():
+    simulator = AdvectedRain()
+    truth, other = (Summary.of(snapshots(simulator, seed, 3000)[:, 0], 8) for seed in (0, 1))
+    rows = {(r["metric"], r["level"]): r for r in tail_scores(other, truth, simulator.quantile)}
+    assert rows["shape", 0.99]["value"] == pytest.approx(0.25, abs=4 * rows["shape", 0.99]["error"])
+    for level in (0.99, 0.999):
+        assert abs(rows["quantile_ratio", level]["value"] - 1) < 4 * rows["quantile_ratio", level]["error"]
+    assert rows["mass_ratio", 0.99]["value"] == pytest.approx(1, abs=0.15)
+    assert rows["chi", 0.99]["value"] == pytest.approx(rows["chi", 0.99]["truth"], abs=0.04)
+    assert rows["area_mean_ratio", 0.99]["value"] == pytest.approx(1, abs=0.15)
+    light = Summary.of(torch.log1p(snapshots(simulator, 1, 3000)[:, 0]), 8)
+    rows = {(r["metric"], r["level"]): r for r in tail_scores(light, truth, simulator.quantile)}
+    assert rows["quantile_ratio", 0.999]["value"] < 0.5 and rows["shape", 0.99]["value"] < 0.1
+
+
+def test_the_meta_gaussian_proxy_has_the_tail_without_a_network():
+    simulator = AdvectedRain(n=12, length=1.5)
+    proxy = MetaGaussian.fit(snapshots(simulator, 0, 4000), (True, True))
+    fields = proxy.draw(torch.randn(4000, 1, 12, 12, generator=torch.Generator().manual_seed(0)))
+    x, p = fields.flatten().double(), probabilities(0.1, 0.01)
+    ratio = torch.stack([x.kthvalue(round(len(x) * (1 - float(q))))[0] for q in p]) / simulator.quantile(p)
+    torch.testing.assert_close(ratio, torch.ones(2, dtype=DOUBLE), atol=0.1, rtol=0)
+
+
+# The command
+
+
+def test_tails_end_to_end_and_goes_on_where_it_stopped(tmp_path, capsys):
+    def run(*priors: str) -> str:
+        tails.run(compose("tails", ["experiment=advected_rain", "size=debug", f"out={tmp_path}", f"priors=[{','.join(priors)}]"]))
+        return capsys.readouterr().out
+
+    run("edm", "stable")
+    before = (tmp_path / "edm/seed_0/record.json").stat().st_mtime_ns
+    assert "heavy_start" in run("edm", "stable", "gaussianize", "student", "heavy_start")
+    assert (tmp_path / "edm/seed_0/record.json").stat().st_mtime_ns == before
+    table = pd.read_json(tmp_path / "tails.json")
+    assert set(table.prior) == {"training data", "edm", "gaussianize", "student", "stable", "heavy_start"}
+    assert {"prior", "seed", "metric", "level", "value", "truth", "error", "seconds_train", "network_calls"} <= set(table)
+    assert len(pd.read_csv(tmp_path / "tails.csv")) == len(table) and (tmp_path / "tails.png").stat().st_size > 10_000
+    model = Checkpoint.load(tmp_path / "student/seed_0/model")
+    with pytest.raises(UserError, match="heavy-tailed noise"):
+        LatentDiffusion(model, MomentMatching(), ExponentialAdamsBashforth(4))
+
+
+def test_tails_refuses_a_prior_that_is_none():
+    with pytest.raises(UserError, match="priors="):
+        tails.run(compose("tails", ["experiment=advected_rain", "size=debug", "out=out", "priors=[edn]"]))

@@ -258,5 +258,6 @@ def test_extremes_stand_in_the_table_with_their_events(rng):
     json.dumps(scores.details, allow_nan=False)
     page = score_figures.reliability(scores.details["reliability"]) + score_figures.economic_value(scores.details["economic_value"])
     assert page.count("<figure") >= 2 and f"{diagram['events']} exceedances, {diagram['independent_events']} independent" in page
+    assert f"<td>{diagram['events']}</td><td>{diagram['independent_events']}</td>" in score_figures.extremes_table(scores.records)
     text = format_table(scores.records)
     assert "exceedances of the 95 % quantile of the training climatology" in text and f" {diagram['events']} " in text

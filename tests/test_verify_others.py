@@ -101,6 +101,13 @@ def test_a_forecast_larger_than_memory_is_read_in_chunks_and_scored_the_same(dat
     assert whole.details["reliability"] == parts.details["reliability"]
 
 
+def test_longitudes_of_either_convention_are_the_same_places(data):
+    forecast, truth = data
+    turned = forecast.assign_coords(longitude=(forecast.longitude + 180) % 360 - 180).sortby("longitude")
+    scorer = Verification(replicates=20)
+    assert scorer.evaluate({"f": turned}, truth).records == scorer.evaluate({"f": forecast}, truth).records
+
+
 def test_deterministic_forecasts_and_truths_with_leads(data):
     forecast, truth = data
     single = forecast.isel(number=0, drop=True)

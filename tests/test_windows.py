@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec, Grid, Variable, to_datetime
+from appa_lite.core.store import open_dataset
 from appa_lite.data.statistics import DAY, Statistics, chunks, statistics
 from appa_lite.data.windows import GlobalSampler, WindowDataset, collate
 
@@ -58,6 +59,45 @@ def test_a_single_trajectory_needs_no_dimension(spec, dataset):
     assert len(windows) == 16
     lazy = WindowDataset.from_xarray(dataset.isel(trajectory=0, drop=True), spec, frames=5, memory_limit=0)
     assert torch.equal(lazy[3]["fields"], windows[3]["fields"])
+
+
+def test_streaming_reads_each_block_about_once(spec, tmp_path):
+    """From a zarr store in chunks, in an order that one and two processes share; every sample once in an epoch."""
+    fields = torch.randn(2, 400, *spec.shape, generator=torch.Generator().manual_seed(0))
+    dataset = spec.to_dataset(fields, {"trajectory": np.arange(2), "time": to_datetime(3600.0 * np.arange(400))})
+    encoding = {name: {"chunks": (1, 5, 3, 4), "shards": (1, 20, 3, 4)} for name in spec.names}
+    dataset.to_zarr(tmp_path / "data.zarr", zarr_format=3, encoding=encoding)
+    with xr.open_dataset(tmp_path / "data.zarr", engine="zarr", chunks=None) as opened:
+        windows = WindowDataset.from_xarray(opened, spec, frames=4, memory_limit=0)
+        assert windows.fields.block == windows.block == 20
+        reads = []
+        windows.fields.spec = type("Counting", (), {"to_tensor": lambda _, part: reads.append(1) or spec.to_tensor(part)})()
+        order = iter(GlobalSampler(len(windows), 8, seed=1, block=windows.block))
+        seen = []
+        for _ in range(len(windows) // 8):
+            for i in (indices := next(order)):
+                n, a = windows.windows[i].tolist()
+                expected = torch.where(spec.mask_tensor(), fields[n, a : a + 4], 0.0)
+                assert torch.equal(windows[i]["fields"], expected)
+            seen += indices
+    assert len(set(seen)) == len(seen) and len(reads) < 2.5 * 2 * 400 / 20  # in random order: about one read per sample
+    samplers = [iter(GlobalSampler(len(windows), 8, 1, 0, rank, 2, block=20)) for rank in range(2)]
+    assert seen[:16] == [i for _ in range(2) for s in samplers for i in next(s)]
+
+
+def test_remote_stores_are_streamed(spec, dataset, tmp_path):
+    """Through fsspec; a worker process reads what the main process opened."""
+    dataset.to_zarr(tmp_path / "data.zarr", zarr_format=3)
+    near, far = open_dataset(tmp_path / "data.zarr"), open_dataset(f"local://{tmp_path}/data.zarr")
+    windows = [WindowDataset.from_xarray(d, spec, frames=4, memory_limit=0) for d in (near, far)]
+    for items in zip(*(DataLoader(w, batch_size=8, collate_fn=collate, num_workers=i) for i, w in enumerate(windows)), strict=True):
+        assert all(torch.equal(items[0][k], items[1][k]) for k in items[0])
+    with pytest.raises(UserError, match="cannot be read as a zarr store"):
+        open_dataset(f"local://{tmp_path}/absent.zarr")
+    with pytest.raises(UserError, match="only names that end in .zarr"):
+        open_dataset("https://example.org/data.nc")
+    with pytest.raises(UserError, match="cannot be read"):
+        open_dataset("nowhere://somewhere/data.zarr")
 
 
 def test_windows_do_not_straddle_gaps():

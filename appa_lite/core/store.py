@@ -29,11 +29,13 @@ INNER_FIRST = ("x", "longitude", "y", "latitude", "level", "time", "prediction_t
 
 
 def open_dataset(path: str | os.PathLike) -> xr.Dataset:
-    """A dataset, lazily: ``.zarr`` (v2 or v3) or ``.nc`` (NetCDF-4 or classic).
+    """A dataset, lazily: ``.zarr`` (v2 or v3) or ``.nc`` (NetCDF-4 or classic); zarr also under a URL that fsspec knows.
 
     Raises:
         UserError: there is no such file, it is truncated, or it is not a dataset.
     """
+    if "://" in str(path):
+        return _open_remote(str(path))
     path = Path(path)
     if path.suffix not in (".zarr", ".nc", ".nc4", ".netcdf"):
         raise UserError(f"{path} is not named like a dataset: expected a name that ends in .zarr or .nc")
@@ -58,6 +60,19 @@ def open_dataset(path: str | os.PathLike) -> xr.Dataset:
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read as a dataset, perhaps it is truncated ({reason}): make or copy it again") from error
+
+
+def _open_remote(url: str) -> xr.Dataset:
+    """A zarr store that fsspec reaches (``s3://``, ``gs://``, ``https://``, ...), with the credentials of its environment."""
+    if not url.split("?")[0].rstrip("/").endswith(".zarr"):
+        raise UserError(f"{url} is not a zarr store: only names that end in .zarr are read from afar; copy other files first")
+    try:
+        return xr.open_dataset(url, engine="zarr", decode_timedelta=True)
+    except ImportError as error:
+        raise UserError(f"{url} needs another package ({error}): install it, such as s3fs, gcsfs or aiohttp") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{url} cannot be read as a zarr store ({reason}): check the address and the credentials") from error
 
 
 # Writing

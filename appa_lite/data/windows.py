@@ -1,5 +1,6 @@
 """Windows of trajectories, and the one order in which they are visited."""
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -13,6 +14,8 @@ from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec, to_seconds
 from appa_lite.core.random import generator
 
+MIXED = 8  #: blocks whose windows are shuffled together, where windows are visited block by block
+
 
 class ArrayLike(Protocol):
     """What trajectories (N, T, C, H, W) must offer: a shape, and ``fields[n, a:b]`` of shape (b - a, C, H, W)."""
@@ -22,18 +25,52 @@ class ArrayLike(Protocol):
     def __getitem__(self, key: tuple[int, slice]) -> object: ...
 
 
-class LazyFields:
-    """Trajectories of an xarray dataset behind array syntax: ``lazy[n, a:b]`` is read when asked for."""
+BLOCK = 2**26  #: bytes, as decoded, that are read from a store at once, if its chunks are not larger
 
-    def __init__(self, dataset: xr.Dataset, spec: FieldSpec):
-        self.spec = spec
+
+class LazyFields:
+    """Trajectories of an xarray dataset behind array syntax: ``lazy[n, a:b]`` is read when asked for.
+
+    Whole chunks or shards are read at once, ``block`` frames of a trajectory, and the last ``kept`` blocks stay in memory,
+    for windows that are visited block by block (see `GlobalSampler`).
+    """
+
+    def __init__(self, dataset: xr.Dataset, spec: FieldSpec, kept: int = 2 * MIXED):
+        self.spec, self.kept = spec, kept
         self.dataset = dataset[list(spec.names)]
         if "trajectory" not in self.dataset.dims:
             self.dataset = self.dataset.expand_dims("trajectory")
         self.shape = (self.dataset.sizes["trajectory"], self.dataset.sizes["time"], *spec.shape)
+        self.block = _frames_per_block(dataset[spec.names[0]], 4 * int(np.prod(spec.shape)))
+        self._blocks: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
 
     def __getitem__(self, key: tuple[int, slice]) -> Tensor:
-        return self.spec.to_tensor(self.dataset.isel(trajectory=key[0], time=key[1]))
+        start, stop, _ = key[1].indices(self.shape[1])
+        first, last = start // self.block, max(stop - 1, start) // self.block
+        frames = torch.cat([self._read(key[0], i) for i in range(first, last + 1)])
+        return frames[start - first * self.block : stop - first * self.block]
+
+    def _read(self, trajectory: int, block: int) -> Tensor:
+        key = (int(trajectory), block)
+        if key not in self._blocks:
+            part = self.dataset.isel(trajectory=key[0], time=slice(block * self.block, (block + 1) * self.block))
+            self._blocks[key] = self.spec.to_tensor(part)
+            if len(self._blocks) > self.kept:
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(key)
+        return self._blocks[key]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_blocks": OrderedDict()}
+
+
+def _frames_per_block(array: xr.DataArray, frame: int) -> int:
+    """Frames of a shard, or of a chunk where shards are larger than a block (or there are none)."""
+    place = array.dims.index("time") if "time" in array.dims else 0
+    sizes = [array.encoding.get(name) for name in ("shards", "chunks", "chunksizes")]
+    lengths = [int(size[place]) for size in sizes if size and len(size) > place]
+    fitting = [length for length in lengths if length * frame <= BLOCK]
+    return max(1, fitting[0] if fitting else min(lengths, default=1))
 
 
 class WindowDataset(Dataset):
@@ -74,6 +111,11 @@ class WindowDataset(Dataset):
         if 4 * float(np.prod(fields.shape)) <= memory_limit:
             fields = spec.to_tensor(fields.dataset)
         return cls(fields, dataset["time"].values, frames, stride)
+
+    @property
+    def block(self) -> int:
+        """Windows that are best visited together, for they are read together; 1 where that does not matter."""
+        return max(1, getattr(self.fields, "block", 1) // self.stride)
 
     def to(self, device: torch.device | str) -> "WindowDataset":
         """The same windows with the fields on ``device``, for fields that are a tensor or an array."""
@@ -133,18 +175,24 @@ class GlobalSampler:
     with ``epoch, place = divmod(p, length)``. A global batch is ``batch`` consecutive positions, of which process
     ``rank`` takes its contiguous share, in ``parts`` pieces for gradient accumulation.
 
+    With ``block`` > 1 the permutation is one that a store can follow: blocks of so many neighbouring samples in random
+    order, and the samples of 8 blocks at a time shuffled together, so that each block is read about once in an epoch.
+
     Args:
         length: samples in the dataset.
         batch: samples of the global batch; a multiple of ``world * parts``.
         seed: of the permutations.
         start: position of the first sample: the state of a stopped training is this one integer.
+        block: neighbouring samples that are best visited together.
     """
 
-    def __init__(self, length: int, batch: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1, parts: int = 1):
+    def __init__(
+        self, length: int, batch: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1, parts: int = 1, block: int = 1
+    ):
         if batch % (world * parts):
             raise UserError(f"batch={batch} is not a multiple of {world} processes x {parts} accumulation steps: choose another batch")
         self.length, self.batch, self.seed, self.start = length, batch, seed, start
-        self.rank, self.world, self.parts = rank, world, parts
+        self.rank, self.world, self.parts, self.block = rank, world, parts, block
         self._orders: dict[int, Tensor] = {}
 
     def index(self, position: int) -> int:
@@ -153,8 +201,17 @@ class GlobalSampler:
         if epoch not in self._orders:
             if len(self._orders) > 2:
                 self._orders.clear()
-            self._orders[epoch] = torch.randperm(self.length, generator=generator(self.seed, "order", epoch))
+            self._orders[epoch] = self._order(epoch)
         return int(self._orders[epoch][place])
+
+    def _order(self, epoch: int) -> Tensor:
+        draw = generator(self.seed, "order", epoch)
+        if self.block == 1:
+            return torch.randperm(self.length, generator=draw)
+        blocks = torch.arange(self.length).split(self.block)
+        shuffled = [blocks[i] for i in torch.randperm(len(blocks), generator=draw)]
+        mixtures = [torch.cat(shuffled[i : i + MIXED]) for i in range(0, len(shuffled), MIXED)]
+        return torch.cat([mixture[torch.randperm(len(mixture), generator=draw)] for mixture in mixtures])
 
     def positions(self) -> Iterator[range]:
         """The positions of this process's pieces, one after the other, for ever."""

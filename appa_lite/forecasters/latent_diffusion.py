@@ -32,6 +32,10 @@ class LatentDiffusion(Assimilator, Forecaster):
     ):
         if not isinstance(checkpoint, Checkpoint) or checkpoint.denoiser is None:
             raise UserError("latent diffusion needs one model directory with a trained denoiser (trainable=denoiser)")
+        if "noise_law" in checkpoint.settings:
+            raise UserError(
+                "this model was trained with heavy-tailed noise, which only `appa-lite tails` samples: train trainable=denoiser"
+            )
         self.checkpoint, self.guidance, self.sampler = checkpoint, guidance, sampler
         self.overlap, self.batch, self.known_error = overlap, batch, known_error
         self.report = SolverReport()

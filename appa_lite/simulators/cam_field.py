@@ -68,8 +68,8 @@ class CamField(Simulator):
 
     @property
     def spinup_frames(self) -> int:
-        """Ten relaxation times: margins are right from the start, what neighbouring cells share is not."""
-        return math.ceil(10 / (self.rate * self.dt * self.steps_per_frame))
+        """Six relaxation times: margins are right from the start, what neighbouring cells share is not."""
+        return math.ceil(6 / (self.rate * self.dt * self.steps_per_frame))
 
     def initial(self, seed: int, members: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Student's margins on a Gaussian field."""

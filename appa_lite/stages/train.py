@@ -18,6 +18,7 @@ from appa_lite.stages.prior import matching_fields
 from appa_lite.training.base import Recipe
 from appa_lite.training.data import Sample, TrainingData
 from appa_lite.training.loop import TrainingConfig, train
+from appa_lite.training.profile import table
 
 MAIN = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started, the one that writes and prints
 
@@ -38,6 +39,8 @@ def run(cfg: DictConfig) -> None:
         if MAIN:
             (directory / "model").mkdir(parents=True, exist_ok=True)
             trainable.export(directory / "model")
+    if MAIN and config.profile and (directory / "profile.json").exists():
+        print(table(directory))
     if MAIN:
         print(f"{directory / 'model'}: " + (", ".join(f"{k} {v:.4g}" for k, v in scores.items()) or "nothing to train"))
 

@@ -25,6 +25,7 @@ from appa_lite.training.ema import WeightAverage
 from appa_lite.training.fully_shard import FullyShard
 from appa_lite.training.logs import RunLog
 from appa_lite.training.processes import Processes, join
+from appa_lite.training.profile import Profile
 from appa_lite.training.schedule import TrainingConfig
 from appa_lite.training.signals import Interrupted, caught_signals
 from appa_lite.training.strategy import Replicated, Strategy
@@ -53,6 +54,8 @@ def train(
         loop = _Loop(trainable, dataset, validation_dataset, config, Path(run))
         try:
             loop.resume()
+            if config.profile:
+                Profile(loop, config)
             loop.run_steps(caught)
             return loop.finish()
         finally:
@@ -284,9 +287,8 @@ class _Loop:
 
     def _sampler(self) -> GlobalSampler:
         config, processes = self.config, self.processes
-        return GlobalSampler(
-            len(self.dataset), config.batch, config.seed, self.consumed, processes.rank, processes.world, config.accumulate
-        )
+        share = {"rank": processes.rank, "world": processes.world, "parts": config.accumulate}
+        return GlobalSampler(len(self.dataset), config.batch, config.seed, self.consumed, **share, block=getattr(self.dataset, "block", 1))
 
     def _loader(self, dataset: Dataset, sampler: GlobalSampler | list[list[int]]) -> DataLoader:
         own = torch.Generator().manual_seed(derive(self.config.seed, "loader"))  # keeps the global generator out of it

@@ -42,6 +42,7 @@ class TrainingConfig:
         seed: of the data order and of all noise.
         compile: compile the model (its repeated blocks, where a strategy shards it).
         checkpoint_activations: recompute the activations of every n-th block of the model in the backward pass; 0: keep all.
+        profile: measure where the time of the first steps goes, see ``training.profile``.
         grace: seconds after SIGTERM at which the process ends even if it could not save.
     """
 
@@ -72,6 +73,7 @@ class TrainingConfig:
     seed: int = 0
     compile: bool = False
     checkpoint_activations: int = 0
+    profile: bool = False
     grace: float = 60.0
 
     def __post_init__(self):

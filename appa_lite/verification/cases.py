@@ -142,6 +142,18 @@ def check_grid(name: str, dataset: xr.Dataset, truth: xr.Dataset) -> None:
             )
 
 
+def on_longitudes(dataset: xr.Dataset, truth: xr.Dataset) -> xr.Dataset:
+    """The dataset on the truth's turn of the circle: -180 to 180 or 0 to 360."""
+    if "longitude" not in dataset.coords or "longitude" not in truth.coords:
+        return dataset
+    east, west = dataset["longitude"].values.astype(np.float64), float(truth["longitude"].values[0])
+    turned = west + (east - west + 1e-6) % 360 - 1e-6
+    if np.allclose(turned, east):
+        return dataset
+    order = np.argsort(turned)
+    return dataset.isel(longitude=order).assign_coords(longitude=("longitude", turned[order], dataset["longitude"].attrs))
+
+
 # observations
 
 

@@ -9,7 +9,7 @@ import xarray as xr
 from appa_lite.core.errors import UserError
 from appa_lite.verification import baselines
 from appa_lite.verification.base import center, ensemble_valid, variance
-from appa_lite.verification.cases import Slots, check_grid, common_cases, gather, known_to, truth_at
+from appa_lite.verification.cases import Slots, check_grid, common_cases, gather, known_to, on_longitudes, truth_at
 from appa_lite.verification.grid import MOMENT, NUMBER, grid_dims, periodicity, standardise
 from appa_lite.verification.kriging import krige_table
 from appa_lite.verification.spectra import Box, spectral_box
@@ -41,6 +41,8 @@ class TruthPairs:
             if not 0 <= trajectory < truth.sizes["trajectory"]:
                 raise UserError(f"trajectory={trajectory} is not there: the truth has {truth.sizes['trajectory']}, counted from 0")
             truth = truth.isel(trajectory=trajectory, drop=True)
+        systems = {name: on_longitudes(dataset, truth) for name, dataset in systems.items()}
+        climatology = None if climatology is None else on_longitudes(climatology, truth)
         for name, dataset in systems.items():
             check_grid(name, dataset, truth)
         self.systems, self.truth, self.climatology = systems, truth, climatology

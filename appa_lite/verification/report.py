@@ -19,6 +19,31 @@ from appa_lite.verification.verify import Verification
 LIMIT = 11e6  # characters of a page
 HEADINGS = {"reanalysis": "Scores of the reanalysis", "withheld": "Scores at withheld observations", "forecast": "Scores of the forecast"}
 
+FIGURES = (  # of the details: key, heading, what is seen, how it is drawn
+    ("series", "Error and spread in time", "RMSE of the mean; dashed, the ensemble's own spread.", score_figures.time_series),
+    (
+        "ranks",
+        "Rank histograms",
+        "Where the truth falls among the members: flat if reliable, a U if overconfident.",
+        score_figures.rank_histograms,
+    ),
+    ("spectra", "Spectra", "Power by wavenumber: members should follow the truth.", score_figures.spectra),
+    ("notes", "Where spectra are of", "A spectrum needs every cell of a rectangle.", score_figures.notes),
+    (
+        "reliability",
+        "Reliability of extremes",
+        "Quantiles are of the training climatology. The band is where a perfect ensemble of this size falls nine times in ten.",
+        score_figures.reliability,
+    ),
+    (
+        "economic_value",
+        "Economic value of extremes",
+        "One is a perfect forecast, zero the better of always and never acting, when acting at the best probability for each ratio.",
+        score_figures.economic_value,
+    ),
+    ("stations", "Withheld reports", "Dots were never assimilated; the band is the 90 % prediction of them.", score_figures.stations),
+)
+
 
 @dataclass
 class Run:
@@ -123,31 +148,11 @@ def _scores(run: Run, kind: str) -> list[Section]:
     if "<figure" in pooled:
         lead = "One at every size if the members' errors are correlated as the truth's; above, area means are over-dispersed."
         parts.append(_part("Calibration of area means", lead, pooled))
-    shown = (
-        ("series", "Error and spread in time", "RMSE of the mean; dashed, the ensemble's own spread.", score_figures.time_series),
-        (
-            "ranks",
-            "Rank histograms",
-            "Where the truth falls among the members: flat if reliable, a U if overconfident.",
-            score_figures.rank_histograms,
-        ),
-        ("spectra", "Spectra", "Power by wavenumber: members should follow the truth.", score_figures.spectra),
-        ("notes", "Where spectra are of", "A spectrum needs every cell of a rectangle.", score_figures.notes),
-        (
-            "reliability",
-            "Reliability of extremes",
-            "Quantiles are of the training climatology. The band is where a perfect ensemble of this size falls nine times in ten.",
-            score_figures.reliability,
-        ),
-        (
-            "economic_value",
-            "Economic value of extremes",
-            "One is a perfect forecast, zero the better of always and never acting, when acting at the best probability for each ratio.",
-            score_figures.economic_value,
-        ),
-        ("stations", "Withheld reports", "Dots were never assimilated; the band is the 90 % prediction of them.", score_figures.stations),
-    )
-    for key, title, lead, draw in shown:
+    extremes = score_figures.extremes_table(records)
+    if extremes:
+        lead = "Quantiles are of the training climatology. Under ten independent events no interval is given."
+        parts.append(_part("Extremes", lead, extremes))
+    for key, title, lead, draw in FIGURES:
         if details.get(key) and not (key == "series" and kind != "reanalysis"):
             parts.append(_part(title, lead, draw(details[key])))
     against = "withheld observations, their errors accounted for" if details.get("kind") == "observations" else "the truth"

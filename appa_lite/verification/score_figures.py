@@ -49,6 +49,24 @@ def score_table(records: Sequence[Record], most_leads: int = 4) -> str:
     return page.table(["", *(NAMES[m] for m in columns)], groups)
 
 
+def extremes_table(records: Sequence[Record], most_leads: int = 3) -> str:
+    """Scores of exceedances with the events behind them, a group per variable, quantile and lead; empty without extremes."""
+    labels = dict.fromkeys(str(r["metric"]).removeprefix("events_") for r in records if str(r["metric"]).startswith("events_"))
+    lookup, groups = {(r["variable"], r["lead_time"], r["system"], r["metric"]): r for r in records}, []
+    for variable in dict.fromkeys(r["variable"] for r in plain(records)):
+        for label in labels:
+            for lead in leads(records, most_leads):
+                lines = []
+                for system in dict.fromkeys(r["system"] for r in records):
+                    columns = (f"{m}_{label}" for m in ("twcrps", "brier", "rev", "events", "independent_events"))
+                    cells = [lookup.get((variable, lead, system, m)) for m in columns]
+                    lines += [[escape(words(system)), *(_cell(c, False) for c in cells)]] if any(cells) else []
+                ahead = f", {duration(lead)} ahead" if lead is not None else ""
+                groups += [(f"{variable} above its {label[1:]} % quantile{ahead}", lines)] if lines else []
+    header = ["", "threshold-weighted CRPS", "fair Brier score", "economic value", "exceedances", "independent"]
+    return page.table(header, groups) if groups else ""
+
+
 def lead_curves(records: Sequence[Record]) -> str:
     """RMSE and spread against lead time, a chart per variable."""
     records = plain(records)
