@@ -67,6 +67,16 @@ def test_skill_is_zero_for_climatology_and_one_for_the_oracle(rng):
     assert found["persistence", "v", "rmse_minus_oracle", lead]["low"] > 0
 
 
+def test_all_leads_together_are_one_case_a_start(rng):
+    systems, truth, *_ = world(rng, starts=30)
+    found = table(compare_scores(systems, truth, scorer=Verification(replicates=100, spectra=False, block=1)))
+    leads = [found["half", "v", "rmse", 6 * 3600.0 * k] for k in range(3)]
+    whole = found["half", "v", "rmse", None]
+    assert whole["value"] == pytest.approx(np.sqrt(np.mean([r["value"] ** 2 for r in leads]))) and whole["count"] == 3 * leads[0]["count"]
+    assert found["half", "v", "crps_fair_minus_oracle", None]["count"] == 30
+    assert whole["high"] - whole["low"] < min(r["high"] - r["low"] for r in leads)
+
+
 def test_an_oracle_that_is_no_better_is_no_goal(rng):
     systems, truth, make, _, draw = world(rng)
     systems["oracle"] = make(np.sqrt(2) * draw(10))
@@ -96,7 +106,7 @@ def test_equal_systems_rarely_win(rng):
         equal = {name: make(signal + draw(8)) for name in "abcd"}
         records = compare_scores(equal, truth, scorer=Verification(replicates=200, spectra=False, block=1))
         results += [r["value"] for r in records if r["metric"] == "crps_fair_wins_a" and r["system"] != "persistence"]
-    assert len(results) == 60 and np.mean(np.abs(results)) < 0.3  # 0.1 is expected; those of one reference are correlated
+    assert len(results) == 72 and np.mean(np.abs(results)) < 0.3  # 0.1 is expected; those of one reference are correlated
 
 
 def test_calibration_is_compared_by_its_distance_from_one(rng):

@@ -11,6 +11,7 @@ from appa_lite.verification.grid import standardise
 from appa_lite.verification.pairs import TruthPairs
 from appa_lite.verification.resampling import LOSSES, Group
 from appa_lite.verification.tables import Record
+from appa_lite.verification.tally import by_start
 from appa_lite.verification.verify import Verification, grouped
 
 VIEWS = ("mean2", "mean5", "mean10", "mean20", "energy", "gradient")
@@ -30,6 +31,7 @@ def compare_scores(
 ) -> list[Record]:
     """Tidy records of all systems: ``system, variable, metric, lead_time, value, low, high, count``.
 
+    One for every lead time, and one of all leads together, ``lead_time`` None: what happens within one forecast is one case there.
     Metrics are those of ``Verification`` (fields, then views ``<variable>_mean5, ...``; extremes ``twcrps_q99, brier_q99, rev_q99``
     with ``events_q99`` and ``independent_events_q99``), and from the same resampled start times, so that all is paired:
 
@@ -62,8 +64,12 @@ def compare_scores(
     pairs = [(name, reference) for name in against.names if name != reference]
     records: list[Record] = []
     for tally in scorer.tallies(against, against.variables(variables), thresholds, seed):
-        for lead, index in grouped(against.cases):
-            group = Group(tally, lead, index, scorer.resampling(seed))
+        groups = [(tally, lead, index) for lead, index in grouped(against.cases)]
+        if len(groups) > 1:
+            whole = by_start(tally, against.cases)
+            groups.append((whole, None, np.arange(len(np.unique(against.cases.time)))))
+        for part, lead, index in groups:
+            group = Group(part, lead, index, scorer.resampling(seed))
             differences = group.differences(pairs, LOSSES)
             records += group.scores() + differences + wins(differences) + group.skills(climatology, oracle)
     return records

@@ -39,15 +39,16 @@ class Details:
             self.found["notes"].append({"variable": tally.variable, "note": box.note})
         for system, sums in tally.sums.items():
             self._curves(system, tally.variable, sums, self.cases)
-            for lead, index in _some_leads(self.cases):
+        for lead, index in _some_leads(self.cases):
+            block = self.block or block_length(series(next(iter(tally.sums.values()))["squared_error"], index))  # as intervals have
+            for system, sums in tally.sums.items():
                 for t in tally.thresholds:
-                    self._extremes({"system": system, "variable": tally.variable, "lead_time": lead}, sums, t, index)
+                    self._extremes({"system": system, "variable": tally.variable, "lead_time": lead}, sums, t, index, block)
 
-    def _extremes(self, where: dict, sums: dict[str, Sums], threshold: Threshold, index: np.ndarray) -> None:
+    def _extremes(self, where: dict, sums: dict[str, Sums], threshold: Threshold, index: np.ndarray, block: int) -> None:
         joint = split(sums[f"contingency_{threshold.label}"].total.values[index])
         events = sums[f"events_{threshold.label}"]
         total, compared = events.total.values[index], float(events.weight.values[index].sum())
-        block = self.block or block_length(series(sums["squared_error"], index))
         value = float(threshold.value) if threshold.value.ndim == 0 else None
         where |= {"threshold": threshold.label, "value": value, "events": int(total.sum())}
         where |= {"independent_events": independent_events(total, block)}

@@ -69,7 +69,7 @@ def extremes_table(records: Sequence[Record], most_leads: int = 3) -> str:
 
 def lead_curves(records: Sequence[Record]) -> str:
     """RMSE and spread against lead time, a chart per variable."""
-    records = plain(records)
+    records = [r for r in plain(records) if r["lead_time"] is not None] or plain(records)
     drawn, colour = [], colours(list(dict.fromkeys(r["system"] for r in records)))
     for variable in dict.fromkeys(r["variable"] for r in records):
         lines = []

@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 
 from appa_lite.verification.base import Metric, Sums
+from appa_lite.verification.cases import Cases
 from appa_lite.verification.extremes import Events, Threshold, extreme_metrics
 from appa_lite.verification.grid import NUMBER
 from appa_lite.verification.metrics import standard
@@ -27,6 +28,19 @@ class Tally:
     thresholds: tuple[Threshold, ...] = ()
     metrics: dict[str, tuple[Metric, ...]] = field(default_factory=dict)
     sums: dict[str, dict[str, Sums]] = field(default_factory=dict)
+
+
+def by_start(tally: Tally, cases: Cases) -> Tally:
+    """The tally with a case per initial time, its leads added up."""
+    starts, place = np.unique(cases.time, return_inverse=True)
+
+    def added(array: xr.DataArray) -> xr.DataArray:
+        out = np.zeros((len(starts), *array.shape[1:]))
+        np.add.at(out, place, array.values)
+        return xr.DataArray(out, dims=array.dims)
+
+    sums = {n: {k: Sums(added(s.total), added(s.weight)) for k, s in every.items()} for n, every in tally.sums.items()}
+    return Tally(tally.variable, tally.thresholds, tally.metrics, sums)
 
 
 class _Gathering:

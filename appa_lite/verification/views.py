@@ -57,14 +57,16 @@ class Mean(View):
     def apply(self, field, dims, periodic):
         field = field.transpose(..., *dims)
         values = field.values.astype(np.float64)
-        weights = np.broadcast_to(area_weights(field).values.reshape(-1, *[1] * (len(dims) - 1)), [field.sizes[d] for d in dims])
+        shape = [field.sizes[d] for d in dims]
+        weights = np.broadcast_to(area_weights(field).values.reshape(-1, *[1] * (len(dims) - 1)), shape)
         known = np.isfinite(values)
-        whole = known.all()
-        above = self._sum(values * weights if whole else np.where(known, values, 0.0) * weights, periodic)
-        full = self._sum(weights.copy(), periodic)
-        below = full if whole else self._sum(known * weights, periodic)
+        always, leading = known.reshape(-1, *shape), tuple(range(values.ndim - len(dims)))
+        if (always.all(0) == always.any(0)).all():  # a mask, the same for all
+            known = known[(0,) * len(leading)]
+        above = self._sum(np.where(known, values, 0.0) * weights, periodic)
+        full, below = self._sum(weights, periodic), self._sum(known * weights, periodic)
         with np.errstate(divide="ignore", invalid="ignore"):
-            means = np.where(below > COVERED * full * (1 - 1e-9), above / below, np.nan)
+            means = above * np.where(below > COVERED * full * (1 - 1e-9), 1 / below, np.nan)
         coords = {n: c for n, c in field.coords.items() if not set(c.dims) & set(dims)}
         if "latitude" in dims and "latitude" in field.coords:  # the middle of the window, for its weight
             size = self.size if field.sizes["latitude"] > 1 else 1
@@ -106,13 +108,25 @@ class Gradient(View):
 
 
 def moving_sum(values: np.ndarray, size: int, axis: int, wraps: bool) -> np.ndarray:
-    """Sums over windows of ``size`` along an axis: one per cell if it wraps around, else one per window that fits."""
-    values = np.moveaxis(values, axis, -1)
+    """Sums over windows of ``size`` along a (negative) axis: one per cell if it wraps around, else one per window that fits.
+
+    By doubling: windows of 1, 2, 4, ... are sums of two shifted ones, and those in the binary digits of ``size`` are joined.
+    """
+
+    def part(array: np.ndarray, start: int, count: int) -> np.ndarray:
+        return array[(..., slice(start, start + count), *[slice(None)] * (-axis - 1))]
+
     if wraps and size > 1:
-        values = np.concatenate([values, values[..., : size - 1]], -1)
-    total = np.cumsum(values, -1)
-    total[..., size:] = total[..., size:] - total[..., :-size]
-    return np.moveaxis(total[..., size - 1 :], -1, axis)
+        values = np.concatenate([values, part(values, 0, size - 1)], axis)
+    count, width, done, total = values.shape[axis] - size + 1, 1, 0, None
+    while True:
+        if size & width:
+            piece = part(values, done, count)
+            total, done = piece if total is None else total + piece, done + width
+        if done == size:
+            return total
+        shorter = values.shape[axis] - width
+        values, width = part(values, 0, shorter) + part(values, width, shorter), 2 * width
 
 
 def plane(array: xr.DataArray | xr.Dataset) -> tuple[str, ...]:
