@@ -12,6 +12,7 @@ from appa_lite.diffusion.base import Denoiser
 from appa_lite.diffusion.windows import WindowLayout, compose_windows
 from appa_lite.guidance.base import LatentObservation
 from appa_lite.guidance.modes import DecodedCells, ModeResponses
+from appa_lite.guidance.scores import ScoredCells
 from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.observations.base import Observation, Stacked
 
@@ -96,9 +97,18 @@ class Prior:
             autoencoder.stride[0],
             autoencoder.reach,
         )
-        nonlinear = any(t != "identity" for t in normalizer.transforms)
-        slope = (lambda z: normalizer.derivative(autoencoder.decode(z), self.period.times) / scale) if nonlinear else None
+        slope = (lambda z: normalizer.derivative(autoencoder.decode(z), self.period.times) / scale) if normalizer.nonlinear else None
         operator = DecodedCells(cells, self.period.latent_frames, self.decode, responses, slope)
+        if normalizer.margins:
+            margins = {int(i): margin for i, margin in normalizer.margins.items()}
+            continued = DecodedCells(
+                cells,
+                self.period.latent_frames,
+                lambda z: normalizer.inverse(autoencoder.decode(z), self.period.times, continued=True),
+                responses,
+                lambda z: normalizer.derivative(autoencoder.decode(z), self.period.times, continued=True) / scale,
+            )
+            operator = ScoredCells(operator, continued, margins, self.checkpoint.spec.grid.shape)
         return LatentObservation(operator, observation.values, observation.variance)
 
 

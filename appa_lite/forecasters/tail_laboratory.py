@@ -121,12 +121,14 @@ class Summary:
 
     @classmethod
     def of(cls, fields: Tensor, spacing: int) -> "Summary":
-        x = fields.double()
+        """``spacing``: cells between pixels along rows and columns; of a plane, the middles of the squares count too."""
+        x, half = fields.double(), spacing // 2
         h, w = x.shape[-2:]
         box = (min(BOX, h), min(BOX, w))
         areas = x[..., : h // box[0] * box[0], : w // box[1] * box[1]].unfold(-2, box[0], box[0]).unfold(-2, box[1], box[1]).mean((-2, -1))
         pairs = torch.stack([x[..., ::spacing, :-1:2], x[..., ::spacing, 1::2]]).flatten(1)
-        return cls(x[..., ::spacing, ::spacing].flatten(), pairs, areas.flatten(), x.amax((-2, -1)).flatten())
+        pixels = [x[..., ::spacing, ::spacing], x[..., half::spacing, half::spacing]][: 1 if h == 1 else 2]
+        return cls(torch.cat([p.flatten() for p in pixels]), pairs, areas.flatten(), x.amax((-2, -1)).flatten())
 
 
 def tail_scores(found: Summary, truth: Summary, quantile: Callable[[Tensor], Tensor] | None = None) -> list[Record]:
@@ -146,7 +148,7 @@ def tail_scores(found: Summary, truth: Summary, quantile: Callable[[Tensor], Ten
     def add(metric: str, level: float, value: float, true: float, error: float | None = None) -> None:
         records.append({"metric": metric, "level": level, "value": value, "truth": true, "error": error})
 
-    own, theirs = (_tail(s.pixels) for s in (found, truth))
+    own, theirs = _tail(found.pixels), _tail(truth.pixels if quantile is None else _exact_tail(quantile))
     add("shape", LEVELS[0], *own[:1], theirs[0], own[1])
     for level in LEVELS:
         beyond = max(n * (1 - level), 1.0)
@@ -160,6 +162,11 @@ def tail_scores(found: Summary, truth: Summary, quantile: Callable[[Tensor], Ten
             value, true = (float(_quantile(getattr(s, name), level)) for s in (found, truth))
             add(metric, level, value / true if true else float("nan"), 1.0)
     return records
+
+
+def _exact_tail(quantile: Callable[[Tensor], Tensor], count: int = 100_000) -> Tensor:
+    """Values that stand for the law itself: its quantiles at evenly spaced probabilities."""
+    return quantile((torch.arange(count, dtype=torch.float64) + 0.5) / count)
 
 
 def _quantile(x: Tensor, level: float) -> Tensor:

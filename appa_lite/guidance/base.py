@@ -45,6 +45,12 @@ class LatentOperator(ABC):
     def linearise(self, latents: Tensor) -> "LinearModes":
         """The derivative at latents, acting on components of the modes."""
 
+    def sites(
+        self, predicted: Tensor, linear: "LinearModes", covariance: PosteriorCovariance, sigma: Tensor, values: Tensor, variance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Innovations (B, M) and error variances (M,) or (B, M) of the Gaussian likelihoods that stand for those of the values."""
+        return values - predicted, variance
+
 
 class LinearModes(ABC):
     """A linear map from components (B, T, K) to (B, M), and its adjoint."""
@@ -160,22 +166,24 @@ class Local:
 
     Attributes:
         mean: D(x_t) (B, T, Z, h, w), without a graph; sigma: ();
-        innovation: y - A(D(x_t)), (B, M); variance: of the observation errors (M,);
+        innovation: y - A(D(x_t)), (B, M); variance: of the observation errors, (M,) or (B, M);
         linear: the derivative of A at D(x_t); covariance: of z - D(z_t), in modes;
         memory: what a method keeps from one noise level to the next; products: made so far.
     """
 
     def __init__(self, parent: "Conditioned", x: Tensor, sigma: Tensor):
         observation, self.covariance, self.memory = parent.observation, parent.covariance, parent.memory
-        self.operator, self.variance, self.report = observation.operator, observation.variance, parent.report
+        self.operator, self.report = observation.operator, parent.report
         self.sigma, self.products = sigma, 0
         with torch.set_grad_enabled(parent.method.jacobian):
             self._x = x.detach().requires_grad_(parent.method.jacobian)
             self._mean = parent.denoiser(self._x, sigma)
         self.mean = self._mean.detach()
         with torch.no_grad():
-            self.innovation = observation.values - self.operator.predict(self.mean)
             self.linear = self.operator.linearise(self.mean)
+            self.innovation, self.variance = self.operator.sites(
+                self.operator.predict(self.mean), self.linear, self.covariance, sigma, observation.values, observation.variance
+            )
 
     def pull(self, values: Tensor, last: bool = False) -> Tensor:
         """sigma^2 J^T A^T v for values (B, M): one vector-Jacobian product. ``last`` frees the graph."""

@@ -88,10 +88,10 @@ class DecodedCells(LatentOperator):
     def linearise(self, latents: Tensor) -> "CellModes":
         gains = None
         if not self.linear:
-            gains = torch.cat([self._gains(z[None]) for z in latents])
+            gains = torch.cat([self.gains(z[None]) for z in latents])
         return CellModes(self, gains)
 
-    def _gains(self, latents: Tensor) -> Tensor:
+    def gains(self, latents: Tensor) -> Tensor:
         """dy_row / d term, (B, P): one for linear rows, term / |norm| for norms, times the slope of the transform."""
         operator, fields = self.operator, self.decode(latents)
         terms = _terms(operator, fields, operator.weight)
@@ -164,9 +164,13 @@ class CellModes(LinearModes):
 
     def _diagonal(self, local: Tensor, variance: Tensor) -> Callable[[Tensor], Tensor]:
         """1 / (1 + diag(A C A^T) / R), the terms of a row counted as if they were independent."""
+        rows = self.spread(local)
+        return lambda residual: residual / (1 + rows / variance)
+
+    def spread(self, local: Tensor) -> Tensor:
+        """diag(A C A^T) (1 or B, M) for C (K, S, S) of neighbouring frames, the terms of a row counted as if they were independent."""
         parent, parts = self.parent, self.parent.responses.phi.split(BLOCK)
         terms = torch.cat([(torch.einsum("psk,ksr->prk", seen, local) * seen).sum((1, 2)) for seen in parts])[None]
         if self.gains is not None:
             terms = terms * self.gains**2
-        rows = terms.new_zeros(terms.shape[0], len(parent.operator)).index_add(1, parent.operator.row, terms)
-        return lambda residual: residual / (1 + rows / variance)
+        return terms.new_zeros(terms.shape[0], len(parent.operator)).index_add(1, parent.operator.row, terms)

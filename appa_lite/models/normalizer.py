@@ -71,10 +71,11 @@ class Normalizer(ModelMixin, ConfigMixin):
         log = lambda i, c: torch.log1p(c.clamp(min=0) / self.offsets[i])  # noqa: E731
         return self._by_channel(x, {"log1p": log, "gaussianize": lambda i, c: self.margins[str(i)](c)})
 
-    def untransform(self, g: Tensor) -> Tensor:
-        """The inverse of ``transform``."""
+    def untransform(self, g: Tensor, continued: bool = False) -> Tensor:
+        """The inverse of ``transform``; ``continued``: strictly increasing below a point mass, as ``Margin.continued``."""
         exp = lambda i, c: torch.expm1(c.clamp(min=0)) * self.offsets[i]  # noqa: E731
-        return self._by_channel(g, {"log1p": exp, "gaussianize": lambda i, c: self.margins[str(i)].inverse(c)})
+        value = lambda i, c: self.margins[str(i)].continued(c) if continued else self.margins[str(i)].inverse(c)  # noqa: E731
+        return self._by_channel(g, {"log1p": exp, "gaussianize": value})
 
     def features(self, time: Tensor) -> Tensor:
         """(..., 1 + 2 P): one, then cosines and sines of the harmonics at ``time`` (seconds since 1970, float64)."""
@@ -94,17 +95,17 @@ class Normalizer(ModelMixin, ConfigMixin):
         anomalies = (self.transform(fields) - self.climatology(time)) / self.scale[:, None, None]
         return anomalies * self.mask
 
-    def inverse(self, anomalies: Tensor, time: Tensor) -> Tensor:
-        """Fields in physical units."""
-        return self.untransform(anomalies * self.scale[:, None, None] + self.climatology(time))
+    def inverse(self, anomalies: Tensor, time: Tensor, continued: bool = False) -> Tensor:
+        """Fields in physical units; ``continued``: see ``untransform``."""
+        return self.untransform(anomalies * self.scale[:, None, None] + self.climatology(time), continued)
 
-    def derivative(self, anomalies: Tensor, time: Tensor) -> Tensor:
+    def derivative(self, anomalies: Tensor, time: Tensor, continued: bool = False) -> Tensor:
         """d inverse / d anomalies, cell by cell, of the shape of ``anomalies``."""
         g = anomalies * self.scale[:, None, None] + self.climatology(time)
         functions = {
             "identity": lambda i, c: torch.ones_like(c),
             "log1p": lambda i, c: torch.exp(c.clamp(min=0)) * self.offsets[i],
-            "gaussianize": lambda i, c: self.margins[str(i)].slope(c),
+            "gaussianize": lambda i, c: self.margins[str(i)].slope_continued(c) if continued else self.margins[str(i)].slope(c),
         }
         slope = self.scale[:, None, None].expand_as(anomalies)
         return slope * self._by_channel(g, functions) if self.nonlinear else slope
