@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from appa_lite.core.errors import UserError
 from appa_lite.core.random import generator
 from appa_lite.data.windows import WindowDataset
 from appa_lite.training import checkpoints, loop
@@ -34,6 +35,7 @@ ROOT = Path(__file__).parents[1]
 STRATEGIES = {"cpu2": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
 QUICK, SLOW = ("cpu2", "zero2", "zero3", "fsdp2"), ("zero1", "zero2_offload", "zero3_offload")
 BASE = {"steps": 24, "batch": 8, "learning_rate": 1e-2, "warmup": 5, "device": "cpu", "ema": 0.2}
+SAVINGS = {"precision": "bf16", "checkpoint_activations": 1, "ema": [0.1, 0.2], "accumulate": 2, "steps": 8}
 BASE |= {"validate_every": 12, "checkpoint_every": 8, "log_every": 1}
 
 
@@ -175,8 +177,12 @@ def main():
         shutil.copytree(out / "again", out / "other")
     fit(out / "again", Denoising(dtype, 0.2))
     fit(out / "other", Denoising(dtype, 0.2), seed=1)  # negative control
-    if (out / "from_one").exists():
-        fit(out / "from_one", Denoising(dtype))
+    fit(out / "from_one", Denoising(dtype))
+    fit(out / "savings", Denoising(), **SAVINGS)
+    try:
+        fit(out / "muon", Denoising(dtype), steps=8, optimizer="muon")
+    except UserError as error:
+        notes["muon"] = str(error)
     (out / f"rank{rank}.json").write_text(json.dumps(notes))
 
 
@@ -211,8 +217,10 @@ def alone(tmp_path_factory):
         trainable = Denoising(dtype)
         fit(out / name, trainable)
         (out / f"{name}.json").write_text(json.dumps(trainable.seen))
+        fit(out / f"muon_{name}", Denoising(dtype), steps=8, optimizer="muon")
         with pytest.raises(Interrupted):
             fit(out / f"{name}_13", Denoising(dtype, at=12, action=lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    fit(out / "savings", Denoising(), **SAVINGS)
     return out
 
 
@@ -291,6 +299,22 @@ def test_the_number_of_processes_and_the_strategy_may_change(pair, alone, tmp_pa
     fit(tmp_path / "one", Denoising(dtype))
     for run in (tmp_path / "one", out / "from_one"):
         assert_same(exported(run), exported(alone / precision), tolerance)
+
+
+def test_bfloat16_recomputed_activations_and_several_averages(pair, alone):
+    _, out, _, _ = pair
+    for path in ("model", "averages/0.2"):
+        ours, theirs = (load_file(run / "savings" / path / "model.safetensors") for run in (out, alone))
+        assert_same(ours, theirs, 0.02)
+    np.testing.assert_allclose(rows(out / "savings", "loss"), rows(alone / "savings", "loss"), rtol=0.01)
+
+
+def test_muon_needs_whole_matrices(pair, alone):
+    name, out, notes, precision = pair
+    if name == "cpu2":
+        assert_same(exported(out / "muon"), exported(alone / f"muon_{precision}"), 1e-2)  # it orthogonalises in bfloat16
+    else:
+        assert all("needs whole matrices" in n["muon"] and "adamw" in n["muon"] for n in notes)
 
 
 def test_sigterm_to_the_launcher(tmp_path):

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from appa_lite.core.errors import UserError
+from appa_lite.core.fields import FieldSpec, Grid, Variable, to_datetime
 from appa_lite.core.random import generator
+from appa_lite.core.store import open_dataset, write_dataset
 from appa_lite.data.windows import WindowDataset
 from appa_lite.training import checkpoints, zero
 from appa_lite.training.base import SampleNoise, Trainable
@@ -226,6 +228,27 @@ def test_bfloat16_leaves_a_plain_model(tmp_path):
     x = torch.randn(3, 4, generator=generator(0))
     assert "forward" not in vars(coarse.model)
     assert torch.equal(coarse.model(x), nn.functional.linear(x, coarse.model[0].weight, coarse.model[0].bias))
+
+
+@pytest.mark.slow
+def test_streaming_keeps_up(tmp_path, capsys):
+    """From a zarr store through two workers, steps of 50 ms wait for data at most 5 % of their time."""
+    spec = FieldSpec((Variable("a"), Variable("b")), Grid(("y", "x"), tuple(range(64)), tuple(range(64))), 3600.0)
+    fields = torch.randn(1, 2000, *spec.shape, generator=generator(0))
+    coordinates = {"trajectory": np.arange(1), "time": to_datetime(3600.0 * np.arange(2000))}
+    write_dataset(spec.to_dataset(fields, coordinates), tmp_path / "data.zarr")
+
+    class Reads(LinearDenoiser):
+        def loss(self, model, batch, noise):
+            return super().loss(model, {"fields": batch["fields"][..., :1, :1, :4], "index": batch["index"]}, noise)
+
+    data = WindowDataset.from_xarray(open_dataset(tmp_path / "data.zarr"), spec, frames=8, memory_limit=0)
+    config = TrainingConfig(**{**BASE, "steps": 100, "batch": 16, "log_every": 10, "checkpoint_every": 0}, workers=2, prefetch=4)
+    train(Reads(pause=0.05), data, None, config, tmp_path / "run")
+    waits = [value for _, value in rows(tmp_path / "run", "data_wait")]
+    with capsys.disabled():
+        print("\ndata_wait", " ".join(f"{w:.3f}" for w in waits))
+    assert np.median(waits[1:]) < 0.05
 
 
 @pytest.mark.slow

@@ -46,9 +46,9 @@ class LazyFields:
 
     def __getitem__(self, key: tuple[int, slice]) -> Tensor:
         start, stop, _ = key[1].indices(self.shape[1])
-        first, last = start // self.block, max(stop - 1, start) // self.block
-        frames = torch.cat([self._read(key[0], i) for i in range(first, last + 1)])
-        return frames[start - first * self.block : stop - first * self.block]
+        blocks = range(start // self.block, max(stop - 1, start) // self.block + 1)
+        parts = [self._read(key[0], i)[max(0, start - i * self.block) : stop - i * self.block] for i in blocks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _read(self, trajectory: int, block: int) -> Tensor:
         key = (int(trajectory), block)
