@@ -45,7 +45,7 @@ HELPERS = {
         "strategy",
         "zero",
     },
-    "forecasters": {"designs", "ensemble", "initial", "localisation", "posterior", "rollout"},
+    "forecasters": {"designs", "ensemble", "initial", "laboratory", "latent_diffusion", "localisation", "posterior", "rollout"},
     "stages": {"assimilation", "comparison", "device", "heavy_tails", "matrix", "parallel", "prior", "twin"},
 }
 #: modules whose trade is to know the leaves: they read what is saved or tabulated and find its class, or chain commands

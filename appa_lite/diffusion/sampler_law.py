@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from appa_lite.core.errors import UserError
-from appa_lite.diffusion.base import Denoiser, NoiseSource, Sampler
+from appa_lite.diffusion.base import NoiseSource, Sampler
 
 NORMAL = torch.distributions.Normal(0.0, 1.0)
 
@@ -58,6 +58,19 @@ def gains(sampler: Sampler, variance: Tensor) -> Tensor:
     return sampler(denoiser, noise_of(used))
 
 
+def evaluations(sampler: Sampler) -> int:
+    """How often a sampler evaluates the denoiser for one sample."""
+    count = 0
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return 0 * x
+
+    sampler(denoiser, lambda number: torch.zeros(1, 1, dtype=torch.float64))
+    return count
+
+
 @dataclass(frozen=True)
 class Tail:
     """What a sampler does to a functional that is Gaussian: its standard deviation, over the true one."""
@@ -85,25 +98,6 @@ def tail(sampler: Sampler, variance: Tensor, weights: Tensor) -> Tail:
     """Of the functional sum_j g_j x_j of modes with variances (n,); ``weights`` are the g_j^2 (n,)."""
     truth, law = (weights * variance).sum(), (weights * gains(sampler, variance).square().sum(0)).sum()
     return Tail(float((law / truth).sqrt()))
-
-
-class SamplerMap:
-    """A sampler as a map from white noise to samples, x = T(z): one z (B, K, *shape), all draws of noise in it.
-
-    Deterministic samplers have K = 1. It can be differentiated where the denoiser can.
-
-    Args:
-        sampler, denoiser; first: what is done to the first draw (see ``start``).
-
-    Raises:
-        UserError: when called, with fewer draws than the sampler takes.
-    """
-
-    def __init__(self, sampler: Sampler, denoiser: Denoiser, first: Callable[[Tensor], Tensor] = lambda noise: noise):
-        self.sampler, self.denoiser, self.first = sampler, denoiser, first
-
-    def __call__(self, noise: Tensor) -> Tensor:
-        return self.sampler(self.denoiser, draws_of(noise, self.first))
 
 
 def draws_of(noise: Tensor, first: Callable[[Tensor], Tensor]) -> NoiseSource:

@@ -39,6 +39,7 @@ class LatentDiffusion(Assimilator, Forecaster):
         self.checkpoint, self.guidance, self.sampler = checkpoint, guidance, sampler
         self.overlap, self.batch, self.known_error = overlap, batch, known_error
         self.report = SolverReport()
+        self._kept: tuple | None = None
         self.state_operator: KnownState | None = None  # its derivative takes a while, and is the same for all periods
 
     @property
@@ -52,14 +53,21 @@ class LatentDiffusion(Assimilator, Forecaster):
     def assimilate(
         self, observation: Observation | None, times: np.ndarray, members: Sequence[int], seed: int, progress: Progress = silent
     ) -> Tensor:
-        prior = Prior(self.checkpoint, self.period(times), self.overlap, self.batch)
-        latent = None if observation is None else prior.observe(later(observation, prior.period.before))
+        prior, latent = self._problem(observation, times)
         parts = []
         for begin in range(0, len(members), self.batch):
             batch = list(members[begin : begin + self.batch])
             latents = self._sample(prior, prior.denoiser(), latent, batch, seed, "reanalysis", progress, begin, len(members))
             parts.append(torch.cat([prior.period.cut(prior.decode(z[None])) for z in latents]))
         return torch.cat(parts)
+
+    def _problem(self, observation: Observation | None, times: np.ndarray) -> tuple[Prior, LatentObservation | None]:
+        """The prior over a period and the observation in its latents; kept, for other members of the same analysis."""
+        if self._kept is None or self._kept[0] is not observation or not np.array_equal(self._kept[1], times):
+            prior = Prior(self.checkpoint, self.period(times), self.overlap, self.batch)
+            latent = None if observation is None else prior.observe(later(observation, prior.period.before))
+            self._kept = observation, times, prior, latent
+        return self._kept[2:]
 
     def forecast(
         self, initial: Tensor, times: np.ndarray, frames: int, members: Sequence[int], seed: int, progress: Progress = silent
@@ -132,7 +140,7 @@ class LatentDiffusion(Assimilator, Forecaster):
         else:
             denoiser = no_gradient(denoiser)
 
-        noise = _noise(Streams(seed, members, name), prior.shape)
+        noise = self.noise(prior, seed, members, name)
         latents = self.sampler(
             denoiser, noise, lambda step, steps: progress(f"members {begin + 1}-{begin + len(members)} of {total}", step, steps)
         )
@@ -140,6 +148,7 @@ class LatentDiffusion(Assimilator, Forecaster):
             self.report.merge(report)
         return latents.detach()
 
-
-def _noise(streams: Streams, shape: tuple[int, ...]) -> NoiseSource:
-    return lambda step: streams.normal(shape)
+    def noise(self, prior: Prior, seed: int, members: list[int], name: str) -> NoiseSource:
+        """Where the sampler's noise comes from."""
+        streams = Streams(seed, members, name)
+        return lambda step: streams.normal(prior.shape)

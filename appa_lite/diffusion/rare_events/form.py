@@ -53,7 +53,7 @@ class InstantonImportanceSampling(RareEventMethod):
         if abs(apart) > 3 * joint:
             raise UserError(
                 f"importance sampling around one instanton says {alone.probability:.2g}, subset simulation {found.probability:.2g} "
-                f"({abs(apart) / joint:.1f} standard errors apart): there is more than one way to this event; use method=subset or splitting"
+                f"({abs(apart) / joint:.1f} standard errors apart): it has more than one way to come about; use method=subset"
             )
         facts = alone.facts | {"subset_probability": found.probability, "disagreement": abs(apart) / joint}
         return Estimate(alone.probability, alone.low, alone.high, alone.error, response.calls - before, alone.noise, alone.values, facts)

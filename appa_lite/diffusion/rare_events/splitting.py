@@ -32,7 +32,7 @@ class AdaptiveMultilevelSplitting(RareEventMethod):
         progress, step, probability, before = progress or quiet, StepSize(), 1.0, response.calls
         z, family = response.noise(self.samples, generator), torch.arange(self.samples)
         values = response(z)
-        for number in range(self.max_levels):  # noqa: B007
+        for number in range(self.max_levels):
             level = float(values.sort().values[round(self.kill * self.samples) - 1])
             if level >= threshold:
                 break
