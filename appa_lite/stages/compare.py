@@ -16,7 +16,7 @@ from appa_lite.verification.comparison_page import comparison_page
 from appa_lite.verification.tables import dumps
 from appa_lite.verification.verify import Verification
 
-FREE = ("budget", "processes", "verification", "scored")  # what may change when a comparison goes on
+FREE = ("budget", "processes", "verification", "scored", "variables", "reference")  # what may change when a comparison goes on
 
 
 def run(cfg: DictConfig) -> None:
@@ -33,7 +33,7 @@ def run(cfg: DictConfig) -> None:
         timing = matrix.run(jobs, f"{len(jobs)} trainings of {settings['seconds_train']:.0f} s")
         timing |= matrix.run(comparison.together(), "ensembles")
     trials = comparison.trials(rates, timing, settings["seconds_train"])
-    records = score_trials(verification, *comparison.systems(trials), trials, comparison.reference, cfg.seed)
+    records = score_trials(verification, *comparison.systems(trials), trials, comparison.reference, comparison.variables, cfg.seed)
     out = comparison.out
     told = OmegaConf.to_container(cfg) | {"reference": comparison.reference}
     page = comparison_page(records, trials, told, (out / "commands.txt").read_text().splitlines())

@@ -42,6 +42,7 @@ class Comparison:
         for name, family in self.ensembles.items():
             if family not in self.families or name in self.families:
                 raise UserError(f"ensembles: '{name}: {family}' is not a new name for one of {', '.join(self.families)}")
+        self.variables = None if cfg.variables is None else list(cfg.variables)
         self.reference = cfg.reference or next(iter(self.families))
         if self.reference not in (*self.families, *self.ensembles):
             raise UserError(f"reference={self.reference} is none of {', '.join((*self.families, *self.ensembles))}")

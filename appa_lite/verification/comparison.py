@@ -72,6 +72,7 @@ def score_trials(
     training: xr.Dataset,
     trials: Sequence[Trial],
     reference: str,
+    variables: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[Record]:
     """The tidy table of a comparison: means over the trainings of each family (``seed`` null), and main scores of every one.
@@ -83,7 +84,7 @@ def score_trials(
         forecasts: by ``Trial.name``, and the oracle's; with a lead of zero, for persistence.
         truth: (time, grid); training: (trajectory, time, grid).
         trials: what was trained; an ensemble of models counts for every seed.
-        reference: the family that the others are compared with in pairs.
+        reference: the family that the others are compared with in pairs; variables: names to score, None: all.
     """
     seeds = sorted({t.seed for t in trials})
     thresholds = climatological_quantiles(training, verification.quantiles, verification.views)
@@ -94,7 +95,7 @@ def score_trials(
         mine = {f: next((t for t in trials if (t.family, t.seed) == (f, number)), None) for f in dict.fromkeys(t.family for t in trials)}
         mine = {f: t or next(t for t in trials if t.family == f) for f, t in mine.items()}
         systems = {f: forecasts[t.name] for f, t in mine.items()} | common
-        tables[number] = compare_scores(systems, truth, thresholds, reference, CLIMATOLOGY, ORACLE, verification, seed=seed)
+        tables[number] = compare_scores(systems, truth, thresholds, reference, CLIMATOLOGY, ORACLE, verification, variables, seed)
     costs = {f: mean_costs([t for t in trials if t.family == f]) for f in dict.fromkeys(t.family for t in trials)}
     blank = dict.fromkeys(next(iter(costs.values())))
     records = [{"seed": None} | r | costs.get(str(r["system"]), blank) for r in over_seeds(tables, verification.confidence)]
