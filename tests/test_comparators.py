@@ -12,6 +12,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+import appa_lite
 from appa_lite import cli
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec, Grid, Variable, to_datetime
@@ -148,7 +149,7 @@ def evaluated(model: torch.nn.Module, known: Tensor, shift: int = 0, mask: Tenso
     level = torch.full((len(known),), 0.7)
     if isinstance(model, NextStateDenoiser):
         return model(x, level, known)
-    return model(x, level, known, model.forecast_mean(known))
+    return model.velocity(x, level, known, model.forecast_mean(known))
 
 
 @pytest.mark.parametrize("number", range(6))
@@ -485,6 +486,13 @@ def test_other_forecasters_at_the_command_line(ring, tmp_path):
     kept = open_dataset(tmp_path / "kept.nc").load()
     assert (kept.u.values == kept.u.values[:, :1]).all()
     assert isinstance(open_dataset(tmp_path / "both.nc"), xr.Dataset)
+
+
+def test_from_python(ring, tmp_path):
+    command(ring, *FORECAST, "checkpoint=fgn/model", "members=2", f"out={tmp_path / 'file.nc'}")
+    truth = open_dataset(ring / "truth.zarr").load()
+    out = appa_lite.load(ring / "fgn/model").forecast(truth, "initial_time=2000-01-03", lead="2d", members=2)
+    np.testing.assert_array_equal(out.u.values, open_dataset(tmp_path / "file.nc").load().u.values)
 
 
 def test_mistakes_at_the_command_line(ring, capsys):

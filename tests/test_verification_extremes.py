@@ -217,8 +217,8 @@ def test_chunked_equals_whole_and_missing_values_are_left_out(rng):
 
 def test_thresholds_come_from_the_training_data(rng, tmp_path):
     training = xr.concat([ring(rng, 2000), ring(rng, 2000)], "trajectory")
-    found = climatological_quantiles(training, views=parse(["mean2", "energy"]))
-    assert found["r"].dims == ("quantile",) and set(found) == {"r", "r_mean2", "r_energy"}
+    found = climatological_quantiles(training, views=parse(["mean2", "gradient"]))
+    assert found["r"].dims == ("quantile",) and set(found) == {"r", "r_mean2", "r_gradient"}
     assert found["r"].values == pytest.approx([1.645, 2.326, 3.09], rel=0.05)
     assert found["r_mean2"].values == pytest.approx(found["r"].values / np.sqrt(2), rel=0.05)
     assert climatological_quantiles(training, [0.9], per_cell=True)["r"].dims == ("quantile", "x")
@@ -261,3 +261,28 @@ def test_extremes_stand_in_the_table_with_their_events(rng):
     assert f"<td>{diagram['events']}</td><td>{diagram['independent_events']}</td>" in score_figures.extremes_table(scores.records)
     text = format_table(scores.records)
     assert "exceedances of the 95 % quantile of the training climatology" in text and f" {diagram['events']} " in text
+
+
+def test_thresholds_per_cell_are_on_the_grid_or_refused(rng):
+    truth, forecast = ring(rng, 200), ring(rng, 200, 4)
+    scale = xr.DataArray(np.linspace(1, 3, 24), dims="x")
+    training = ring(rng, 4000) * scale.values
+    thresholds = climatological_quantiles(training, [0.95], per_cell=True)
+    assert thresholds["r"].values[0] == pytest.approx(1.645 * scale.values, rel=0.1)
+    records = Verification(replicates=20, spectra=False).evaluate({"f": forecast * scale}, truth * scale, thresholds=thresholds).records
+    (events,) = [r["value"] for r in records if r["metric"] == "events_q95" and r["system"] == "f"]
+    assert events / (200 * 24) == pytest.approx(0.05, abs=0.012)
+    with pytest.raises(UserError, match="give thresholds on its grid"):
+        Verification(spectra=False).evaluate({"f": forecast}, truth, thresholds=thresholds.isel(x=slice(0, 9)))
+
+
+def test_extremes_at_observations_account_for_their_error(rng):
+    """Members with the observation's error are exchangeable with it, so a perfect ensemble is reliable for the noisy event."""
+    center = rng.standard_normal((400, 1, 30))
+    members = xr.DataArray(center + rng.standard_normal((400, 10, 30)), dims=("case", "number", "place"))
+    noisy = (center + rng.standard_normal((400, 1, 30)))[:, 0] + 1.5 * rng.standard_normal((400, 30))
+    errors = xr.DataArray(np.full((400, 30), 1.5), dims=("case", "place"))
+    truth = xr.DataArray(noisy, dims=("case", "place"), coords={"error_std": errors})
+    joint = split(Contingency(at(3.0)).compute(members, truth).pooled().total.values)
+    assert joint[1].sum() / joint.sum() == pytest.approx((joint.sum(0) * np.arange(11)).sum() / 10 / joint.sum(), rel=0.1)
+    assert Brier(at(3.0)).compute(members, truth).mean() < Brier(at(3.0)).compute(members, truth.drop_vars("error_std")).mean()

@@ -56,5 +56,5 @@ class FlowResidual(Rollout):
         forcing = None if forcing is None else forcing.expand(len(known), -1)
         mean = model.forecast_mean(known, forcing)
         noise = self.noise_scale * streams.normal(known.shape[2:], device=known.device)
-        residual = transport(lambda r, u: model(r, u, known, mean, forcing), noise, self.steps, self.method)
+        residual = transport(lambda r, u: model.velocity(r, u, known, mean, forcing), noise, self.steps, self.method)
         return mean + model.mask * model.scale * residual

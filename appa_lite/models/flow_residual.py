@@ -53,9 +53,16 @@ class ResidualFlow(Emulator, ModelMixin, ConfigMixin):
         """m, (B, Z, h, w), of states (B, history, Z, h, w) and forcing (B, P)."""
         return self.mean_model(known[:, -self.mean_model.history :], 1, None if forcing is None else forcing[:, None])[:, 0]
 
-    def forward(self, residual: Tensor, time: Tensor, known: Tensor, mean: Tensor, forcing: Tensor | None = None) -> Tensor:
+    def velocity(self, residual: Tensor, time: Tensor, known: Tensor, mean: Tensor, forcing: Tensor | None = None) -> Tensor:
         """v, (B, Z, h, w), at times u (B,) of scaled residuals on their way, given known states and their mean forecast."""
         condition = self.level(time)
         if self.forcing is not None:
             condition = condition + self.forcing(forcing)[:, None, None]
         return self.mask * self.network(torch.cat([self.mask * residual, known.flatten(1, 2), mean], dim=1), condition)
+
+    def forward(self, known: Tensor, target: Tensor, begin: Tensor, time: Tensor, forcing: Tensor | None = None) -> Tensor:
+        """v - (r_1 - r_0), what the training makes small: (B, Z, h, w) for next states and noise r_0 of that shape at times u (B,)."""
+        mean = self.forecast_mean(known, forcing)
+        end = (target - mean) / self.scale
+        on_the_way = torch.lerp(begin, end, time[:, None, None, None])
+        return self.velocity(on_the_way, time, known, mean, forcing) - (end - begin)

@@ -24,12 +24,8 @@ class FlowTraining(EmulatorTraining):
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Tensor], noise: SampleNoise) -> dict[str, Tensor]:
         known, target, forcing = self.split(batch, 1)
-        forcing = None if forcing is None else forcing[:, 0]
-        mean = self.model.forecast_mean(known, forcing)
-        end = (target[:, 0] - mean) / self.model.scale
-        time, begin = noise.stratified(), noise.normal(end.shape[1:])
-        on_the_way = torch.lerp(begin, end, time[:, None, None, None])
-        return {"loss": self.mean((model(on_the_way, time, known, mean, forcing) - (end - begin)).square())}
+        time, begin = noise.stratified(), noise.normal(target.shape[2:])
+        return {"loss": self.mean(model(known, target[:, 0], begin, time, None if forcing is None else forcing[:, 0]).square())}
 
     def validate(self, batches: Iterable[tuple[dict[str, Tensor], SampleNoise]]) -> dict[str, float]:
         """The loss; for a residual that is white noise nothing below one can be learned."""

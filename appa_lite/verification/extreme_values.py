@@ -6,7 +6,7 @@ xi > 0 is a heavy tail, xi = 0 an exponential one, xi < 0 has an end point. Cole
 A fit never comes without the standard error of xi and the number of exceedances behind it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
@@ -16,6 +16,8 @@ from appa_lite.core.errors import UserError
 
 FEWEST_EXCEEDANCES = 30  #: below which no tail is fitted
 LOWEST_SHAPE, HIGHEST_SHAPE = -0.5, 2.0  #: maximum likelihood is irregular below; above, nothing physical
+IMPOSSIBLE = 1e15  #: minus the log-likelihood outside the support: finite, for minimisers
+BLOCKS = 60  #: of time, between which events are taken for independent
 WIDE = 2.0  #: an interval wider than so many times its level says that nothing is known
 
 
@@ -38,8 +40,8 @@ class Level:
 class ParetoTail:
     """A generalised Pareto tail above ``threshold`` and how well it is known.
 
-    ``covariance`` (2, 2) is that of (scale, shape); ``rate`` the exceedances per value of the series (clusters per value, if it
-    was declustered), of ``size`` values.
+    ``rate`` is the number of exceedances per value of the series (of clusters, if it was declustered), of ``size`` values;
+    ``covariance`` (3, 3) is that of (rate, scale, shape).
     """
 
     threshold: float
@@ -57,7 +59,7 @@ class ParetoTail:
 
     @property
     def shape_se(self) -> float:
-        return float(np.sqrt(self.covariance[1, 1]))
+        return float(np.sqrt(self.covariance[2, 2]))
 
     def __str__(self) -> str:
         return f"xi = {self.shape:.3f} +- {self.shape_se:.3f} from {self.exceedances} exceedances of {self.threshold:.4g}"
@@ -68,36 +70,37 @@ class ParetoTail:
             raise UserError(f"a tail that begins at probability {self.rate:.3g} says nothing of {probability:.3g}: expected one in between")
         return self.threshold + self.scale * _growth(self.shape, self.rate / probability)
 
-    def delta(self, probability: float, confidence: float = 0.95) -> Level:
-        """The level with its log-delta interval: normal in log(x - u), by propagation of errors of rate, scale and shape."""
-        value = self.level(probability)
-        excess, ratio = value - self.threshold, self.rate / probability
+    def log_error(self, probability: float, covariance: np.ndarray | None = None) -> float:
+        """The standard error of log(x - u), by propagation of the errors of rate, scale and shape."""
+        ratio = self.rate / probability
         growth = _growth(self.shape, ratio)
-        slope = np.array([growth, self.scale * _growth_slope(self.shape, ratio)])
-        error = np.hypot(np.sqrt(slope @ self.covariance @ slope) / excess, self._rate_error(probability))
-        factor = np.exp(norm.ppf(0.5 + confidence / 2) * error)
-        return Level.checked(value, self.threshold + excess / factor, self.threshold + excess * factor)
+        slope = np.array([ratio**self.shape / (growth * self.rate), 1 / self.scale, _growth_slope(self.shape, ratio) / growth])
+        return float(np.sqrt(slope @ (self.covariance if covariance is None else covariance) @ slope))
 
-    def _rate_error(self, probability: float) -> float:
-        """The standard error of log(x - u) that comes from the rate, binomial."""
-        power = (self.rate / probability) ** self.shape
-        return float(power / _growth(self.shape, self.rate / probability) * np.sqrt((1 - self.rate) / (self.rate * self.size)))
+    def delta(self, probability: float, confidence: float = 0.95) -> Level:
+        """The level with its log-delta interval: normal in log(x - u)."""
+        value = self.level(probability)
+        factor = np.exp(norm.ppf(0.5 + confidence / 2) * self.log_error(probability))
+        return Level.checked(value, self.threshold + (value - self.threshold) / factor, self.threshold + (value - self.threshold) * factor)
 
     def profile(self, probability: float, confidence: float = 0.95) -> Level:
-        """The level with its profile-likelihood interval: {x: 2 (l_max - max_xi l(x, xi)) <= chi2_1}, ends by root finding.
+        """The level with its profile-likelihood interval: {x: 2 (l_max - max_xi l(x, xi)) <= c chi2_1}, ends by root finding.
 
-        The maximum likelihood level, whatever the fit's method; the error of the rate is added in quadrature, in log(x - u).
+        The maximum likelihood level, whatever the fit's method. c is the variance of log(x - u) over that of as many independent
+        exceedances (Chandler and Bate 2007, https://doi.org/10.1093/biomet/asm015), one unless they depend on each other; the
+        error of the rate is added in quadrature.
         """
         best = fit_pareto(self.excesses, "ml", self.threshold, self.rate, self.size) if self.method != "ml" else self
         value, ratio = best.level(probability), best.rate / probability
-        top = _likelihood(best.excesses, best.scale, best.shape)
-        drop = 0.5 * chi2.ppf(confidence, 1)
+        top, alone = _likelihood(best.excesses, best.scale, best.shape), _independent(best)
+        inflation = (best.log_error(probability) / best.log_error(probability, alone)) ** 2
+        drop = 0.5 * chi2.ppf(confidence, 1) * inflation
 
         def excess_deviance(log_excess: float) -> float:
             def loss(shape: float) -> float:
-                return -_likelihood(best.excesses, np.exp(log_excess) / _growth(shape, ratio), shape)
+                return min(-_likelihood(best.excesses, np.exp(log_excess) / _growth(shape, ratio), shape), IMPOSSIBLE)
 
-            width = 4 * best.shape_se
+            width = 4 * best.shape_se + 0.05
             bounds = max(best.shape - width, LOWEST_SHAPE), min(best.shape + width, HIGHEST_SHAPE)
             return top + minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).fun - drop
 
@@ -107,7 +110,8 @@ class ParetoTail:
             while excess_deviance(center + sign * step) < 0 and step < 50:
                 step *= 1.6
             ends.append(brentq(excess_deviance, center, center + sign * step, xtol=1e-6) if step < 50 else center + sign * np.inf)
-        rate = norm.ppf(0.5 + confidence / 2) * best._rate_error(probability)
+        alone[1:, 1:] = 0
+        rate = norm.ppf(0.5 + confidence / 2) * best.log_error(probability, alone) * np.sqrt(inflation)
         low, high = (best.threshold + np.exp(center + s * np.hypot(e - center, rate)) for s, e in zip((-1, 1), ends, strict=True))
         return Level.checked(value, low, high)
 
@@ -162,8 +166,16 @@ def fit_pareto(excesses: np.ndarray, method: str, threshold: float, rate: float,
             "so lower the threshold or give a longer series"
         )
     scale, shape = (_fit_ml if method == "ml" else _fit_pwm)(excesses)
-    covariance = (_covariance_ml if method == "ml" else _covariance_pwm)(scale, shape) / len(excesses)
-    return ParetoTail(threshold, float(scale), float(shape), covariance, rate, size, method, excesses)
+    tail = ParetoTail(threshold, float(scale), float(shape), np.zeros((3, 3)), rate, size, method, excesses)
+    return replace(tail, covariance=_independent(tail))
+
+
+def _independent(tail: ParetoTail) -> np.ndarray:
+    """The covariance of (rate, scale, shape) if the exceedances are independent."""
+    one = (_covariance_ml if tail.method == "ml" else _covariance_pwm)(tail.scale, tail.shape)
+    out = np.zeros((3, 3))
+    out[0, 0], out[1:, 1:] = tail.rate * (1 - tail.rate) / tail.size, one / tail.exceedances
+    return out
 
 
 def _fit_ml(excesses: np.ndarray) -> tuple[float, float]:
@@ -178,7 +190,7 @@ def _fit_ml(excesses: np.ndarray) -> tuple[float, float]:
         if abs(theta * mean) < 1e-7:
             return np.log(mean) + 1
         shape = np.log1p(theta * excesses).mean()
-        return np.log(shape / theta) + shape + 1 if LOWEST_SHAPE <= shape <= HIGHEST_SHAPE else np.inf
+        return np.log(shape / theta) + shape + 1 if LOWEST_SHAPE <= shape <= HIGHEST_SHAPE else IMPOSSIBLE
 
     grid = np.linspace(-6.0, np.log1p(20 * largest / mean), 64)
     losses = [loss(s) for s in grid]
@@ -251,8 +263,9 @@ def decluster(series: np.ndarray, threshold: float, run: int | None = None) -> C
     if run is None:
         clusters = max(int(np.ceil(extremal_index(series, threshold) * above.size)), 1)
         run = int(np.sort(gaps)[::-1][clusters - 1]) if clusters <= gaps.size else 0
-    starts = np.flatnonzero(np.append(True, gaps > run))
-    where = np.array([part[series[part].argmax()] for part in np.split(above, starts[1:])])
+    first = np.append(True, gaps > run)
+    order = np.lexsort((-series[above], np.cumsum(first)))  # by cluster, the largest first
+    where = above[order[first]]
     return Clusters(where, series[where], len(where) / len(above))
 
 
@@ -269,13 +282,39 @@ def extremal_index(series: np.ndarray, threshold: float) -> float:
     return float(min(1.0, 2 * (times - 1).sum() ** 2 / (times.size * ((times - 1) * (times - 2)).sum())))
 
 
-def fit_series(series: np.ndarray, quantile: float = 0.95, run: int | None = None, method: str = "ml") -> ParetoTail:
-    """The tail of cluster maxima of series (..., time), those along leading axes independent of each other.
+def fit_series(series: np.ndarray, quantile: float = 0.95, run: int | None = None) -> ParetoTail:
+    """The tail of cluster maxima of series (time), (run, time) or (run, cell, time), by maximum likelihood.
 
-    Its ``rate`` counts clusters, so that ``level(1 / N)`` is exceeded by one event in N values on average.
+    Its ``rate`` counts clusters, so that ``level(1 / N)`` is exceeded by one event in N values of a cell on average. The
+    cells of a run, and events near in time, may depend on each other: the covariance is that of sums over some sixty blocks of
+    time (all cells of a run together), which do not: sum_b I_b I_b^T, I the influences of the block's events (Smith 1990).
     """
     series = np.asarray(series, dtype=np.float64)
-    series = series.reshape(-1, series.shape[-1])
+    series = series.reshape(*((1,) * (2 - series.ndim)), *series.shape) if series.ndim < 3 else series
+    series = series[:, None] if series.ndim == 2 else series
+    runs, cells, times = series.shape
     threshold, size = float(np.nanquantile(series, quantile)), int(np.isfinite(series).sum())
-    peaks = np.concatenate([decluster(row, threshold, run).peaks for row in series])
-    return fit_pareto(peaks - threshold, method, threshold, len(peaks) / size, size)
+    per_run = min(max(round(BLOCKS / runs), 1), times)
+    peaks, blocks = [], []
+    for r in range(runs):
+        for c in range(cells):
+            found = decluster(series[r, c], threshold, run)
+            peaks.append(found.peaks)
+            blocks.append(r * per_run + found.where * per_run // times)
+    peaks, blocks = np.concatenate(peaks), np.concatenate(blocks)
+    tail = fit_pareto(peaks - threshold, "ml", threshold, len(peaks) / size, size)
+    if runs * per_run < 2:
+        return tail
+    scores = _scores(tail) @ tail.covariance[1:, 1:]
+    counts = np.bincount(blocks, minlength=runs * per_run)
+    influence = np.stack([(counts - counts.mean()) / size, *(np.bincount(blocks, s, minlength=runs * per_run) for s in scores.T)], 1)
+    return replace(tail, covariance=influence.T @ influence * len(counts) / (len(counts) - 1))
+
+
+def _scores(tail: ParetoTail) -> np.ndarray:
+    """The derivatives (n, 2) of the log-likelihood of every exceedance by scale and shape."""
+    y, xi = tail.excesses / tail.scale, tail.shape
+    inside = 1 + xi * y
+    by_scale = ((1 + xi) * y / inside - 1) / tail.scale
+    by_shape = np.log(inside) / xi**2 - (1 + 1 / xi) * y / inside if abs(xi) > 1e-5 else y**2 / 2 - y
+    return np.stack([by_scale, by_shape], 1)

@@ -26,7 +26,8 @@ def compare_return_levels(
     d - sqrt((m - m_low)^2 + (t_high - t)^2) and likewise above.
 
     Args:
-        model, truth: series (..., time) of the same step, those along leading axes independent of each other.
+        model, truth: series (time), (run, time) or (run, cell, time) of the same step; runs are independent of each other, the
+            cells of a run need not be.
         periods: N, in values of the series.
 
     Returns:

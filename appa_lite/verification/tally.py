@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import xarray as xr
 
+from appa_lite.core.errors import UserError
 from appa_lite.verification.base import Metric, Sums
 from appa_lite.verification.cases import Cases
 from appa_lite.verification.extremes import Events, Threshold, extreme_metrics
@@ -55,6 +56,12 @@ class _Gathering:
         return plain + extreme_metrics(self.tally.thresholds, self.seed)
 
     def add(self, parts: dict[str, list[Sums]], system: str, forecast: xr.DataArray, truth: xr.DataArray) -> None:
+        for t in self.tally.thresholds:
+            if any(truth.sizes.get(d) != n for d, n in t.value.sizes.items()):
+                raise UserError(
+                    f"the thresholds of {self.tally.variable} have cells {dict(t.value.sizes)}, what is scored {dict(truth.sizes)}: "
+                    "give thresholds on its grid, or pooled over cells"
+                )
         metrics = self.tally.metrics[system] = self.metrics(forecast)
         every = {s.name: s for m in metrics for s in m.statistics} | {"count": Count()}
         every |= {s.name: s for s in (Events(t) for t in self.tally.thresholds)}

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# The tables of docs/planning.md: launch/scaling.sh OUT [sizes | fit | processes | all]
+#   sizes      time of a training step from debug to base, beside what `plan` says of it
+#   fit        time of a step against cells, frames and samples, and a law fitted to it
+#   processes  a reanalysis on one process and on two, in turns, one thread each
+set -euo pipefail
+out=${1:?usage: launch/scaling.sh OUT [sizes|fit|processes|all]} what=${2:-all}
+here=$(cd "$(dirname "$0")/.." && pwd)
+export OMP_NUM_THREADS=1
+mkdir -p "$out"
+
+plan() { appa-lite plan device=cpu calibrate=true "$@" >/dev/null; }
+
+if [[ $what == sizes || $what == all ]]; then
+  for size in debug small base; do
+    plan experiment=lorenz96 size="$size" 'training={batch: 1, precision: fp32}' out="$out/lorenz96_$size.json"
+    plan experiment=ocean size="$size" 'training={batch: 1, precision: fp32}' out="$out/ocean_$size.json"
+  done
+fi
+
+if [[ $what == fit || $what == all ]]; then
+  for rows in 32 64 128; do
+    for batch in 1 2; do
+      grid="{channels: 4, rows: $rows, columns: 64, step: 3600, periodic: [false, true], frames: 1000}"
+      plan experiment=ocean simulator=null grid="$grid" "training={batch: $batch, precision: fp32}" out="$out/fit_${rows}_$batch.json"
+    done
+  done
+fi
+
+if [[ $what == processes || $what == all ]]; then
+  appa-lite simulate experiment=lorenz96 trajectories=1 frames=40 out="$out/truth.zarr"
+  appa-lite observe experiment=lorenz96 truth="$out/truth.zarr" out="$out/observations.parquet"
+  work=(reanalysis experiment=lorenz96 checkpoint="$here/checkpoints/lorenz96" observations="$out/observations.parquet"
+    members=32 batch=2 device=cpu)
+  : >"$out/seconds.txt"
+  TIMEFORMAT='%R %U %S'
+  for turn in 1 2 3; do
+    { time python -m appa_lite "${work[@]}" out="$out/one.zarr" >/dev/null 2>&1; } 2>&1 | sed 's/^/1 /' >>"$out/seconds.txt"
+    { time accelerate launch --config_file "$here/launch/accelerate/cpu2.yaml" -m appa_lite "${work[@]}" out="$out/two.zarr" \
+      >/dev/null 2>&1; } 2>&1 | sed 's/^/2 /' >>"$out/seconds.txt"
+  done
+fi
+
+python - "$out" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+out = Path(sys.argv[1])
+
+
+def values(path):
+    return {row["quantity"]: row["value"] for row in json.loads(path.read_text())}
+
+
+print("experiment and size | model | parameters | FLOP a sample | s a step here | share of the peak")
+for path in sorted([*out.glob("lorenz96_*.json"), *out.glob("ocean_*.json")]):
+    row = values(path)
+    for model in ("autoencoder", "denoiser"):
+        if f"{model}.flops" in row:
+            numbers = (row[f"{model}.{key}"] for key in ("parameters", "flops", "seconds_per_step", "mfu"))
+            print(path.stem, model, *(f"{number:.3g}" for number in numbers), sep=" | ")
+
+found = [(path.stem.split("_")[1:], values(path)) for path in sorted(out.glob("fit_*.json"))]
+for model in ("autoencoder", "denoiser") if found else ():
+    work = np.array([row[f"{model}.flops"] * int(batch) for (_, batch), row in found])
+    seconds = np.array([row[f"{model}.seconds_per_step"] for _, row in found])
+    matrix = np.stack([np.ones_like(work), work], axis=1) / seconds[:, None]  # relative errors count
+    (fixed, each), *_ = np.linalg.lstsq(matrix, np.ones_like(work), rcond=None)
+    error = np.abs(matrix @ [fixed, each] - 1).max()
+    print(f"{model}: seconds = {fixed:.3g} + FLOP / {1 / each:.3g}, within {100 * error:.0f} %")
+
+if (out / "seconds.txt").exists():
+    rows = np.array([line.split() for line in (out / "seconds.txt").read_text().splitlines()], dtype=float)
+    for turn in range(len(rows) // 2):
+        one, two = rows[2 * turn], rows[2 * turn + 1]
+        cpu = [row[2] + row[3] for row in (one, two)]
+        print(f"turn {turn}: one process {one[1]:.1f} s, two {two[1]:.1f} s: efficiency {one[1] / (2 * two[1]):.2f} by the clock,"
+              f" {cpu[0] / cpu[1]:.2f} by processor time ({cpu[0]:.1f} s and {cpu[1]:.1f} s)")
+PYTHON
