@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (UserError, OSError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         message = _message(error)
         if message is None or os.environ.get("APPA_LITE_DEBUG"):
             raise
@@ -98,9 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _message(error: UserError | OSError) -> str | None:
-    """The line for a mistake of the user's or of the disk's; None for an error of ours."""
-    if isinstance(error, UserError):
+def _message(error: UserError | OSError | FloatingPointError) -> str | None:
+    """The line for a mistake of the user's or of the disk's, or numbers that blew up; None for an error of ours."""
+    if isinstance(error, UserError | FloatingPointError):
         return str(error)
     where = error.filename or "writing failed"
     if error.errno in DISK or "No space left" in str(error):

@@ -295,6 +295,8 @@ def test_churn_is_added_within_its_levels_only():
 def test_a_sample_that_diverged_is_an_error():
     with pytest.raises(FloatingPointError, match="diverged"):
         DPMSolverPP2M(4, HIGH, LOW)(lambda x, sigma: x * torch.nan, lambda draw: torch.ones(1, 1))
+    with pytest.raises(FloatingPointError, match=r"diverged \(largest value .*choose another guidance"):  # finite, and nonsense
+        DPMSolverPP2M(4, HIGH, LOW)(lambda x, sigma: 1000 * HIGH + x, lambda draw: torch.ones(1, 1))
 
 
 @pytest.mark.parametrize(

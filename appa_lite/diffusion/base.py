@@ -11,6 +11,8 @@ from torch import Tensor
 
 from appa_lite.core.errors import UserError
 
+LARGEST = 100  #: first noise levels, which are far above all that a prior holds
+
 #: (x_t (B, T, ...), sigma ()) -> E[x | x_t], the same shape, for x_t = x + sigma n
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 #: (number of the step) -> white noise (B, T, ...) of the members, the same for any ensemble size
@@ -49,3 +51,13 @@ class GuidedDenoiser(ABC):
             UserError: this guidance has no such Gaussian, or its determinant is out of reach.
         """
         raise UserError("this guidance has no Gaussian for p(y | x_t) that could weigh particles: choose guidance=moment_matching or mmps")
+
+
+def check_sample(x: Tensor, sigma_max: float) -> None:
+    """Raise FloatingPointError if the reverse process diverged: not finite, or beyond ``LARGEST`` first noise levels."""
+    largest = float(x.abs().max())
+    if not largest < LARGEST * sigma_max:
+        raise FloatingPointError(
+            f"the sampler diverged (largest value {largest:.2g}, noise from {sigma_max:.3g}): take more steps, check the observation errors, "
+            "or choose another guidance"
+        )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from appa_lite.core.errors import UserError
-from appa_lite.diffusion.base import Denoiser, GuidedDenoiser, NoiseSource, Sampler, Twist
+from appa_lite.diffusion.base import Denoiser, GuidedDenoiser, NoiseSource, Sampler, Twist, check_sample
 from appa_lite.diffusion.schedule import noise_levels
 
 RESAMPLING = ("systematic", "multinomial")
@@ -89,8 +89,7 @@ class TwistedSMC(Sampler):
                 weight, before, last_h = weight + change, now, h
             if progress is not None:
                 progress(i + 1, self.steps)
-        if not torch.isfinite(x).all():
-            raise FloatingPointError("the sampler diverged: take more steps, or check the observation errors")
+        check_sample(x, float(self.levels[0]))
         return x
 
     def _select(self, weight: Tensor, draw: Tensor, last: bool) -> tuple[Tensor, Tensor]:

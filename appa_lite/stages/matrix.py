@@ -110,7 +110,7 @@ def _work(commands: Sequence[Sequence[str]], log: str) -> tuple[list[float], str
             began = time.monotonic()
             try:
                 import_module(f"appa_lite.stages.{command[0]}").run(compose(command[0], list(command[1:])))
-            except (UserError, OSError, SystemExit) as error:
+            except (UserError, OSError, FloatingPointError, SystemExit) as error:
                 return seconds, str(error) or type(error).__name__
             seconds.append(round(time.monotonic() - began, 3))
     return seconds, None

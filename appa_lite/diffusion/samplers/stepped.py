@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from appa_lite.diffusion.base import Denoiser, NoiseSource, Sampler
+from appa_lite.diffusion.base import Denoiser, NoiseSource, Sampler, check_sample
 from appa_lite.diffusion.schedule import noise_levels
 
 #: white noise of the shape of the sample, new at every call
@@ -27,7 +27,7 @@ class SteppedSampler(Sampler):
 
     Raises:
         UserError: of levels that cannot be.
-        FloatingPointError: when called, if the sample is not finite.
+        FloatingPointError: when called, if the sample is not finite or far larger than the noise that it began as.
     """
 
     def __init__(self, steps: int, sigma_max: float, sigma_min: float, schedule: str):
@@ -60,6 +60,5 @@ class SteppedSampler(Sampler):
         x = evaluate(x, self.levels[-2])
         if progress is not None:
             progress(self.steps, self.steps)
-        if not torch.isfinite(x).all():
-            raise FloatingPointError("the sampler diverged: take more steps, or check the observation errors")
+        check_sample(x, float(self.levels[0]))
         return x
