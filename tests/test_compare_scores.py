@@ -1,5 +1,6 @@
 """Systems side by side: pairing, skill between climatology and oracle, wins, seeds."""
 
+import json
 import time
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import xarray as xr
 
 from appa_lite.core.errors import UserError
-from appa_lite.verification.compare_scores import compare_scores, over_seeds, wins
+from appa_lite.verification.compare_scores import compare_scores, compare_systems, over_seeds, wins
 from appa_lite.verification.tables import COLUMNS
 from appa_lite.verification.thresholds import climatological_quantiles
 from appa_lite.verification.verify import Verification
@@ -48,7 +49,9 @@ def table(records):
 
 def test_skill_is_zero_for_climatology_and_one_for_the_oracle(rng):
     systems, truth, *_ = world(rng)
-    records = compare_scores(systems, truth, scorer=Verification(replicates=200, views=["mean5"]))
+    both = compare_systems(systems, truth, scorer=Verification(replicates=200, views=["mean5"]))
+    records = both.records
+    assert {r["system"] for r in both.details["ranks"]} == set(systems) and json.dumps(both.details, allow_nan=False)
     assert all(tuple(r) == COLUMNS for r in records)
     found = table(records)
     lead = 6 * 3600.0

@@ -91,6 +91,7 @@ def test_cam_noise_is_stationary_under_student(degrees):
     found = torch.quantile(x.abs().flatten()[: 2**24 // 100 * 100], 1 - 2 * probabilities(5e-2, 5e-3, 5e-4))
     torch.testing.assert_close(found / level, torch.ones(3, dtype=DOUBLE), atol=0.08, rtol=0)
     torch.testing.assert_close(level, torch.from_numpy(stats.t.isf([5e-2, 5e-3, 5e-4], degrees)) / math.sqrt(degrees))
+    assert float(simulator.quantile(level.new_tensor(5e-2))) == pytest.approx(float(level[0]))
     tail = x.abs().flatten()
     beyond = tail[tail > level[1]].numpy()
     assert stats.genpareto.fit(beyond - float(level[1]), floc=0)[0] == pytest.approx(1 / degrees, abs=0.06)

@@ -93,4 +93,4 @@ class CamField(Simulator):
 
     def quantile(self, probability: Tensor) -> Tensor:
         """The value exceeded with a probability, at any cell."""
-        return torch.from_numpy(stats.t.isf(probability.cpu().numpy(), self.degrees) / math.sqrt(self.degrees)).to(probability)
+        return torch.as_tensor(stats.t.isf(probability.cpu().numpy(), self.degrees) / math.sqrt(self.degrees)).to(probability)

@@ -7,18 +7,19 @@ import xarray as xr
 from scipy.stats import t as student
 
 from appa_lite.core.errors import UserError
+from appa_lite.verification.details import Details
 from appa_lite.verification.grid import standardise
 from appa_lite.verification.pairs import TruthPairs
 from appa_lite.verification.resampling import LOSSES, Group
 from appa_lite.verification.tables import Record
 from appa_lite.verification.tally import by_start
-from appa_lite.verification.verify import Verification, grouped
+from appa_lite.verification.verify import Scores, Verification, grouped
 
 VIEWS = ("mean2", "mean5", "mean10", "mean20", "energy", "gradient")
 KEYS = ("system", "variable", "metric", "lead_time")
 
 
-def compare_scores(
+def compare_systems(
     systems: Mapping[str, xr.Dataset],
     truth: xr.Dataset,
     thresholds: xr.Dataset | None = None,
@@ -28,8 +29,8 @@ def compare_scores(
     scorer: Verification | None = None,
     variables: Sequence[str] | None = None,
     seed: int = 0,
-) -> list[Record]:
-    """Tidy records of all systems: ``system, variable, metric, lead_time, value, low, high, count``.
+) -> Scores:
+    """``records``: tidy, of all systems, ``system, variable, metric, lead_time, value, low, high, count``. ``details``: for figures.
 
     One for every lead time, and one of all leads together, ``lead_time`` None: what happens within one forecast is one case there.
     Metrics are those of ``Verification`` (fields, then views ``<variable>_mean5, ...``; extremes ``twcrps_q99, brier_q99, rev_q99``
@@ -62,8 +63,8 @@ def compare_scores(
     if reference not in against.names:
         raise UserError(f"reference={reference} is no system: expected one of {', '.join(against.names)}")
     pairs = [(name, reference) for name in against.names if name != reference]
-    records: list[Record] = []
-    for tally in scorer.tallies(against, against.variables(variables), thresholds, seed):
+    records, details = [], Details(against, scorer.block)
+    for tally in scorer.tallies(against, against.variables(variables), thresholds, seed, details):
         groups = [(tally, lead, index) for lead, index in grouped(against.cases)]
         if len(groups) > 1:
             whole = by_start(tally, against.cases)
@@ -72,7 +73,12 @@ def compare_scores(
             group = Group(part, lead, index, scorer.resampling(seed))
             differences = group.differences(pairs, LOSSES)
             records += group.scores() + differences + wins(differences) + group.skills(climatology, oracle)
-    return records
+    return Scores(records, details.to_dict())
+
+
+def compare_scores(systems: Mapping[str, xr.Dataset], truth: xr.Dataset, thresholds: xr.Dataset | None = None, **choices) -> list[Record]:
+    """The tidy table of ``compare_systems(systems, truth, thresholds, ...)``."""
+    return compare_systems(systems, truth, thresholds, **choices).records
 
 
 def wins(differences: Sequence[Record]) -> list[Record]:
