@@ -58,6 +58,6 @@ def check_sample(x: Tensor, sigma_max: float) -> None:
     largest = float(x.abs().max())
     if not largest < LARGEST * sigma_max:
         raise FloatingPointError(
-            f"the sampler diverged (largest value {largest:.2g}, noise from {sigma_max:.3g}): take more steps, check the observation errors, "
-            "or choose another guidance"
+            f"the sampler diverged (largest value {largest:.2g}, noise from {sigma_max:.3g}): take more steps, check the "
+            "observation errors, or choose another guidance"
         )

@@ -4,7 +4,6 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 from appa_lite.diffusion.base import Denoiser, NoiseSource, Sampler, check_sample
