@@ -1,6 +1,10 @@
 """The comparison of families: its twin experiments, its matrix of jobs, its table, and all of it from the command line."""
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -107,6 +111,38 @@ def test_jobs_that_are_done_are_not_run_again_and_failures_name_their_log(tmp_pa
             matrix.run([Job("a", (good,)), bad], "two")
     assert Matrix(tmp_path / "jobs", 1).run([Job("a", (good,))], "three") == first
     assert "$ appa-lite simulate" in (tmp_path / "jobs" / "b.log").read_text()
+
+
+def test_workers_do_not_outlive_who_started_them(tmp_path):
+    program = f"""
+from pathlib import Path
+from appa_lite.stages.matrix import Job, Matrix
+if __name__ == "__main__":
+    line = ("simulate", "experiment=lorenz96", "frames=100000", "trajectories=1", "out={tmp_path / "a.zarr"}")
+    Matrix(Path("{tmp_path}") / "jobs", 1).run([Job("a", (line,))], "one")
+"""
+    (tmp_path / "program.py").write_text(program)
+    started = subprocess.Popen([sys.executable, str(tmp_path / "program.py")], stderr=subprocess.DEVNULL)
+    log = tmp_path / "jobs" / "a.log"
+    wait_for(log.exists)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    started.kill()
+    started.wait()
+    wait_for(lambda: not any(_alive(child) for child in children))
+
+
+def wait_for(done, seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
 
 
 # The table

@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -90,12 +92,20 @@ class Matrix:
 
 
 def _start() -> None:
-    """One thread for each worker, and none of the launcher's environment."""
+    """One thread for each worker, none of the launcher's environment, and no life after the process that started it."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
+    threading.Thread(target=_stop_with, args=(os.getppid(),), daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
+
+
+def _stop_with(parent: int) -> None:
+    """SIGTERM to this process when its parent is gone: a training saves, and goes on with the next run of the matrix."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _work(commands: Sequence[Sequence[str]], log: str) -> tuple[list[float], str | None]:
