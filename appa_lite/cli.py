@@ -61,6 +61,10 @@ COMMANDS = {
         "guidance methods beside a posterior that is known: error against cost",
         "experiment=gaussian_process sampler.steps=16 out=runs/benchmark",
     ),
+    "extremes": (
+        "how likely a rare event is, with its error, and an ensemble of what it looks like",
+        "experiment=gaussian_process event='area_mean(u, box(10, 21, 10, 21)) > 2' out=runs/extremes.zarr",
+    ),
     "report": ("one self-contained HTML page of a run directory", "run=runs/quickstart out=runs/report.html"),
 }
 HELP = """usage: appa-lite COMMAND key=value ...

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: key of a configuration -> the folder of ``configs/`` that holds its options
 GROUPS = {name: name for name in ("simulator", "trainable", "guidance", "sampler", "forecaster", "verification")}
-GROUPS |= {"network": "observations", "experiment": "experiment", "size": "size"}
+GROUPS |= {"network": "observations", "method": "rare_event", "experiment": "experiment", "size": "size"}
 OBJECTS = tuple(key for key in GROUPS if key not in ("experiment", "size"))  #: groups whose options are mappings with a class
 EXTRAS = {"sizes", "description"}  #: keys of an experiment that are not keys of a command
 USER_EXPERIMENT = "user_experiment"

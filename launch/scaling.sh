@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tables of docs/planning.md: launch/scaling.sh OUT [sizes | fit | processes | all]
 #   sizes      time of a training step from debug to base, beside what `plan` says of it
-#   fit        time of a step against cells, frames and samples, and a law fitted to it
+#   fit        time of a step against cells and frames, and a law fitted to it
 #   processes  a reanalysis on one process and on two, in turns, one thread each
 set -euo pipefail
 out=${1:?usage: launch/scaling.sh OUT [sizes|fit|processes|all]} what=${2:-all}
@@ -12,17 +12,18 @@ mkdir -p "$out"
 plan() { appa-lite plan device=cpu calibrate=true "$@" >/dev/null; }
 
 if [[ $what == sizes || $what == all ]]; then
-  for size in debug small base; do
-    plan experiment=lorenz96 size="$size" 'training={batch: 1, precision: fp32}' out="$out/lorenz96_$size.json"
-    plan experiment=ocean size="$size" 'training={batch: 1, precision: fp32}' out="$out/ocean_$size.json"
+  for chosen in "lorenz96 debug" "lorenz96 small" "lorenz96 base" "ocean debug" "ocean small"; do  # ocean base is for a GPU
+    read -r experiment size <<<"$chosen"
+    plan experiment="$experiment" size="$size" 'training={batch: 1, precision: fp32}' out="$out/${experiment}_$size.json"
   done
 fi
 
 if [[ $what == fit || $what == all ]]; then
   for rows in 32 64 128; do
-    for batch in 1 2; do
+    for window in 6 12; do
       grid="{channels: 4, rows: $rows, columns: 64, step: 3600, periodic: [false, true], frames: 1000}"
-      plan experiment=ocean simulator=null grid="$grid" "training={batch: $batch, precision: fp32}" out="$out/fit_${rows}_$batch.json"
+      plan experiment=ocean simulator=null grid="$grid" window="$window" 'training={batch: 1, precision: fp32}' \
+        out="$out/fit_${rows}_$window.json"
     done
   done
 fi
@@ -65,11 +66,13 @@ for path in sorted([*out.glob("lorenz96_*.json"), *out.glob("ocean_*.json")]):
 
 found = [(path.stem.split("_")[1:], values(path)) for path in sorted(out.glob("fit_*.json"))]
 for model in ("autoencoder", "denoiser") if found else ():
-    work = np.array([row[f"{model}.flops"] * int(batch) for (_, batch), row in found])
+    work = np.array([row[f"{model}.flops"] for _, row in found])
     seconds = np.array([row[f"{model}.seconds_per_step"] for _, row in found])
     matrix = np.stack([np.ones_like(work), work], axis=1) / seconds[:, None]  # relative errors count
     (fixed, each), *_ = np.linalg.lstsq(matrix, np.ones_like(work), rcond=None)
     error = np.abs(matrix @ [fixed, each] - 1).max()
+    for (rows, window), row in found:
+        print(model, rows, window, *(f"{row[f'{model}.{key}']:.3g}" for key in ("flops", "seconds_per_step")), sep=" | ")
     print(f"{model}: seconds = {fixed:.3g} + FLOP / {1 / each:.3g}, within {100 * error:.0f} %")
 
 if (out / "seconds.txt").exists():

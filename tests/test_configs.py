@@ -65,8 +65,13 @@ def test_every_key_has_a_meaning(command):
     assert rows and all(meaning for _, _, meaning in rows), [key for key, _, meaning in rows if not meaning]
     assert config._top(command) == set(config._read(config.directory() / f"{command}.yaml")) - {"defaults"}
     if "defaults:" in text:
+        common = [key for key in OBJECTS if key not in ("simulator", "network", "method")]
+        method = ["rare_event@method"] * ("rare_event@method" in text)
         assert re.findall(r"^  - (?!_self_)(.*): \w+$", text, re.M) == [
-            *("observations@network" if key == "network" else key for key in ("simulator", "network", *OBJECTS[1:-1])),
+            "simulator",
+            "observations@network",
+            *common,
+            *method,
             "experiment",
         ]
 

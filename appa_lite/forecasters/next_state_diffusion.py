@@ -18,7 +18,8 @@ class NextStateDiffusion(Rollout):
 
     Args: those of ``Rollout``, and
         steps, sigma_max, sigma_min, churn, churn_min, churn_max, churn_std: of ``DPMSolverPP2S``, in standard deviations
-            of increments; ``2 steps - 1`` evaluations a member and step.
+            of increments; ``2 steps - 1`` evaluations a member and step. ``sigma_min`` should be at most 0.15 times the
+            standard deviation of the law of a step (see ``diffusion.schedule``).
     """
 
     kind = NextStateDenoiser

@@ -58,8 +58,8 @@ class Rollout(Forecaster):
 
     @torch.no_grad()
     def _roll(self, checkpoint: Checkpoint, initial: Tensor, times: np.ndarray, frames: int, streams: Streams) -> Tensor:
-        """Fields (B, frames, C, H, W) on the CPU. Where a decoder sees its neighbours, more is rolled out than asked for, so
-        that the frames of a short forecast are those of a long one."""
+        """Fields (B, frames, C, H, W) on the CPU. Where a decoder sees its neighbours, more is rolled out than asked for: the
+        last frames are decoded like those before."""
         model, autoencoder, step = checkpoint.emulator, checkpoint.autoencoder, checkpoint.spec.step
         stride, device = autoencoder.stride[0], model.scale.device
         needed = model.history * stride

@@ -92,7 +92,7 @@ class GaussianLaw(SampledLaw):
     def __init__(self, process: GaussianProcess, sampler: Sampler, frames: int):
         self.spec, self.sampler = process.spec, sampler
         self.oracle, self.covariance = prior_of(process, frames)
-        self.variance = self.covariance.eigen(frames)[1]  # (K, T)
+        self.variance = self.covariance.temporal(frames).values  # (K, T)
         self.gains = gains(sampler, self.variance.flatten()).unflatten(1, self.variance.shape)
         self.dimension, self.evaluations = self.gains.numel(), evaluations(sampler)
 
@@ -210,5 +210,5 @@ class ModelLaw(SampledLaw):
     def tail(self, event: Event) -> Tail:
         """Of a functional that weighs all modes of the climatology alike."""
         covariance = self.model.checkpoint.denoiser.covariance
-        variance = covariance.eigen(self.model.checkpoint.denoiser.config.frames)[1].flatten().double()
+        variance = covariance.temporal(self.model.checkpoint.denoiser.config.frames).values.flatten().double()
         return tail(self.model.sampler, variance, torch.ones_like(variance))

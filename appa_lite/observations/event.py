@@ -57,14 +57,15 @@ class Event:
     event is always S > s; None where the text has no comparison.
 
     Args:
-        text: of the event; spec: of the fields; boxes: by name, (y0, y1, x0, x1), or (x0, x1) on a ring.
+        text: of the event; spec: of the fields; boxes: by name, (y0, y1, x0, x1), or (x0, x1) on a ring;
+        frames: of the period, that the event is looked for in.
 
     Raises:
         UserError: text that is no event of these fields.
     """
 
-    def __init__(self, text: str, spec: FieldSpec, boxes: Mapping[str, Sequence[float]] | None = None):
-        self.text, self.spec, self.boxes = str(text).strip(), spec, dict(boxes or {})
+    def __init__(self, text: str, spec: FieldSpec, boxes: Mapping[str, Sequence[float]] | None = None, frames: slice = slice(None)):
+        self.text, self.spec, self.boxes, self.frames = str(text).strip(), spec, dict(boxes or {}), frames
         try:
             tree = ast.parse(self.text, mode="eval").body
         except (SyntaxError, ValueError, RecursionError):
@@ -82,14 +83,16 @@ class Event:
 
     def functional(self, fields: Tensor) -> Tensor:
         """S (B,) of fields (B, T, C, H, W): to be exceeded, whichever side of the threshold the event lies on."""
-        found = self._compute(fields) if self.above else -self._compute(fields)
+        found = self._compute(fields[:, self.frames])
+        found = found if self.above else -found
         found = found.amax(1) if self.kind == "series" else found
         return found.expand(len(fields))
 
     @property
-    def words(self) -> str:
-        """The event, and when it is to happen."""
-        return self.text + (" at some time of the period" if self.kind == "series" else "")
+    def when(self) -> str:
+        """When the event is to happen, in words that follow its text."""
+        several = self.frames.stop is None or self.frames.stop - (self.frames.start or 0) > 1
+        return " at some time of the period" if self.kind == "series" and several else ""
 
     # Compilation
 

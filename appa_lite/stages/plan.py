@@ -56,6 +56,7 @@ def planned(cfg: DictConfig) -> Rows:
     settings = {name: _train(cfg, name) for name in ("autoencoder", "denoiser")}
     small = build(settings["autoencoder"].trainable, AutoencoderRecipe) if cfg.autoencoder == "autoencoder" else None
     recipe = _recipe(settings["denoiser"])
+    recipe = replace(recipe, window=cfg.window or recipe.window)
     forcings = 2 * len(settings["denoiser"].forcing_periods)
     with torch.device("meta"):
         encoder = _encoder(small, spec)

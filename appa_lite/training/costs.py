@@ -8,6 +8,7 @@ size is counted on any machine.
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 from weakref import finalize
 
@@ -194,18 +195,22 @@ class Step:
         self.update()
 
 
+def clock(device: torch.device) -> float:
+    """Seconds: of a GPU's work when it is done, of a single thread its own time whatever else the machine does."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def seconds_per_step(make: Callable[[], Made], config: TrainingConfig, repeats: int = 5) -> float:
     """The median time of a real step here, after two to warm up."""
-    trainable, batch = make()
-    step = Step(trainable, batch, config, config.precision == "bf16")
+    step = Step(*make(), config, config.precision == "bf16")
     times = []
     for _ in range(repeats + 2):
-        began = time.perf_counter()
+        began = clock(step.device)
         step.whole()
-        if step.device.type == "cuda":
-            torch.cuda.synchronize(step.device)
-        times.append(time.perf_counter() - began)
-    return sorted(times[2:])[repeats // 2]
+        times.append(clock(step.device) - began)
+    return median(times[2:])
 
 
 def peak_here(device: torch.device, bf16: bool, size: int = 1024) -> float:
@@ -213,11 +218,9 @@ def peak_here(device: torch.device, bf16: bool, size: int = 1024) -> float:
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     best = float("inf")
     for _ in range(5):
-        began = time.perf_counter()
+        began = clock(device)
         a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - began)
+        best = min(best, clock(device) - began)
     return 2 * size**3 / best
 
 

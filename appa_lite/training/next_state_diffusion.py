@@ -19,7 +19,8 @@ class NextStateTraining(EmulatorTraining):
         loss = E (1 + sigma^2) / sigma^2 |D(r + sigma n, sigma) - r|^2,   sigma^(1/7) uniform between low^(1/7) and high^(1/7)
 
     Args:
-        low, high: noise levels of the training; GenCast has 0.02 and 88.
+        low, high: noise levels of the training; GenCast has 0.02 and 88. Spread below ``low`` is not resolved: where a step
+            is nearly certain (its errors a hundredth of its increments), ``low`` and the sampler's ``sigma_min`` must be lower.
     """
 
     low: float = 0.02

@@ -70,7 +70,7 @@ def ensemble(
     moves: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """``members`` draws given the event from weighted ones: resampled, then moved within the event so that none is another's copy."""
+    """``members`` draws given the event from weighted ones: resampled, then moved within the event, after which few are copies."""
     chosen = resample(weights, members, generator)
     z, values = z[chosen], values[chosen]
     for _ in range(moves):

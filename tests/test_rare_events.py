@@ -1,0 +1,290 @@
+"""Rare events: kernels that leave a law alone, estimates against closed forms, events as text, the command."""
+
+import math
+
+import pytest
+import torch
+import xarray as xr
+
+from appa_lite import cli
+from appa_lite.config import build, compose
+from appa_lite.core.errors import UserError
+from appa_lite.core.fields import FieldSpec, Grid, Variable
+from appa_lite.core.random import generator
+from appa_lite.diffusion.base import Sampler
+from appa_lite.diffusion.rare_events.base import Response, family_error, lognormal, resample
+from appa_lite.diffusion.rare_events.brute_force import BruteForce
+from appa_lite.diffusion.rare_events.crank_nicolson import StepSize, acceptance, move
+from appa_lite.diffusion.rare_events.form import InstantonImportanceSampling
+from appa_lite.diffusion.rare_events.splitting import AdaptiveMultilevelSplitting
+from appa_lite.diffusion.rare_events.subset import SubsetSimulation
+from appa_lite.diffusion.sampler_law import NORMAL, evaluations, gains, tail
+from appa_lite.diffusion.samplers import DDIM, DPMSolverPP2M, ExponentialAdamsBashforth, Heun
+from appa_lite.forecasters.sampled_law import GaussianLaw
+from appa_lite.observations.event import Event, longest
+from appa_lite.simulators.gaussian_process import GaussianProcess
+
+D = 20
+SLOPE = torch.linspace(0.2, 1.0, D, dtype=torch.float64)
+SLOPE = SLOPE / SLOPE.norm()
+
+
+def linear() -> Response:
+    return Response(lambda z: z @ SLOPE, D)
+
+
+def quantile(p: float) -> float:
+    return float(-NORMAL.icdf(torch.tensor(p, dtype=torch.float64)))
+
+
+# Kernels and helpers
+
+
+@pytest.mark.parametrize("beta", [0.2, 0.8])
+def test_moves_leave_white_noise_given_a_level_as_it_is(beta):
+    stream, response, level = generator(0, "moves"), linear(), 0.8
+    z = response.noise(60000, stream)
+    z = z[z @ SLOPE > level]
+    values, before = z @ SLOPE, z.clone()
+    for _ in range(8):
+        z, values, _ = move(response, z, values, level, beta, stream)
+    assert not torch.equal(z, before) and float(values.min()) > level
+    torch.testing.assert_close(values, z @ SLOPE)
+    exact = math.exp(-(level**2) / 2) / math.sqrt(2 * math.pi) / float(NORMAL.cdf(torch.tensor(-level)))
+    assert float(values.mean()) == pytest.approx(exact, abs=5 * 0.45 / math.sqrt(len(z)))
+    across = z - values[:, None] * SLOPE
+    assert float(across.var()) == pytest.approx((D - 1) / D, abs=0.02)
+
+
+def test_the_step_is_chosen_for_the_acceptance_it_gets():
+    stream, response = generator(1, "step"), linear()
+    for p in (0.1, 1e-3):
+        level, beta = quantile(p), StepSize().beta(p)
+        u = -NORMAL.icdf(torch.rand(20000, generator=stream, dtype=torch.float64) * p)
+        noise = response.noise(20000, stream)
+        z = noise + (u - noise @ SLOPE)[:, None] * SLOPE
+        accepted = move(response, z, u, level, beta, stream)[2].double().mean()
+        assert float(accepted) == pytest.approx(0.35, abs=0.03)
+    assert acceptance(torch.tensor([1.0], dtype=torch.float64), quantile(0.1)) == pytest.approx(0.1, abs=1e-3)
+
+
+def test_resampling_is_by_weight():
+    picks = resample(torch.tensor([0.0, 1.0, 3.0]), 400, generator(0, "resample"))
+    assert torch.bincount(picks, minlength=3).tolist() == [0, 100, 300]
+
+
+def test_the_error_of_families_is_binomial_where_samples_are_independent():
+    hits = (torch.rand(5000, generator=generator(0, "families"), dtype=torch.float64) < 0.1).double()
+    p = float(hits.mean())
+    assert family_error(torch.arange(5000), hits, 5000) == pytest.approx(math.sqrt((1 - p) / p / 5000), rel=1e-6)
+    low, high = lognormal(1e-3, 0.3)
+    assert low * high == pytest.approx(1e-6) and low < 1e-3 * 0.6
+
+
+# Estimates
+
+
+@pytest.mark.parametrize("p", [1e-2, 1e-3])
+@pytest.mark.parametrize(
+    "method",
+    [SubsetSimulation(500), AdaptiveMultilevelSplitting(200), InstantonImportanceSampling(300, check=500), BruteForce(20000)],
+    ids=lambda m: type(m).__name__,
+)
+def test_estimates_agree_with_the_closed_form(method, p):
+    ratios, covered, errors = [], 0, []
+    for seed in range(20):
+        found = method.estimate(linear(), quantile(p), 50, generator(seed, "estimate"))
+        assert float(found.values.min()) > quantile(p) and found.calls > 0
+        ratios.append(found.probability / p)
+        errors.append(found.error)
+        covered += found.low <= p <= found.high
+    ratios = torch.tensor(ratios)
+    bias = 0.12 if isinstance(method, SubsetSimulation) else 0.0  # its levels are quantiles of the samples they are estimated from
+    assert abs(float(ratios.mean()) - 1) < bias + 3.5 * float(ratios.std()) / math.sqrt(20)
+    assert covered >= 16
+    assert 0.5 < sum(errors) / 20 / float(ratios.std()) < 2.2
+
+
+def test_members_given_the_event_have_its_law():
+    p, values = 1e-3, []
+    for seed in range(6):
+        found = SubsetSimulation(1000).estimate(linear(), quantile(p), 300, generator(seed, "members"))
+        assert len(found.noise.unique(dim=0)) >= 290
+        values.append(found.values)
+    values, b = torch.cat(values), quantile(p)
+    ratio = math.exp(-(b**2) / 2) / math.sqrt(2 * math.pi) / p
+    assert float(values.mean()) == pytest.approx(ratio, rel=0.01)
+    assert float(values.std()) == pytest.approx(math.sqrt(1 + b * ratio - ratio**2), rel=0.1)
+
+
+def test_the_instanton_of_a_linear_response_is_exact():
+    method, p = InstantonImportanceSampling(4000), 1e-6
+    found = method.instanton(linear(), quantile(p), generator(0, "instanton"), lambda *_: None)
+    assert float((found - quantile(p) * SLOPE).norm()) < 0.1
+    alone = method.unchecked(linear(), quantile(p), 10, generator(0, "instanton"))
+    assert alone.probability == pytest.approx(p, rel=4 * alone.error) and alone.error < 0.06
+
+
+def test_one_instanton_is_not_enough_for_a_maximum_and_says_so():
+    response = Response(lambda z: z.amax(1), D)
+    p = 1 - float(NORMAL.cdf(torch.tensor(3.5, dtype=torch.float64))) ** D
+    method = InstantonImportanceSampling(500)
+    with pytest.raises(UserError, match="more than one way to come about"):
+        method.estimate(response, 3.5, 10, generator(0, "maximum"))
+    assert SubsetSimulation().estimate(response, 3.5, 10, generator(0, "maximum")).probability == pytest.approx(p, rel=0.6)
+
+
+def test_events_out_of_reach_and_functionals_without_a_slope():
+    with pytest.raises(UserError, match="out of reach"):
+        SubsetSimulation(200, max_levels=3).estimate(linear(), 30.0, 4, generator(0, "far"))
+    with pytest.raises(UserError, match="out of reach"):
+        AdaptiveMultilevelSplitting(100, max_levels=5).estimate(linear(), 30.0, 4, generator(0, "far"))
+    step = Response(lambda z: (z[:, 0] > 1).double(), D)
+    for method in (SubsetSimulation(200), AdaptiveMultilevelSplitting(200)):
+        with pytest.raises(UserError, match="same largest"):
+            method.estimate(step, 2.0, 4, generator(0, "flat"))
+    with pytest.raises(UserError, match="derivative"):
+        InstantonImportanceSampling().estimate(Response(lambda z: z[:, 0], D, differentiable=False), 2.0, 4, generator(0, "flat"))
+    assert BruteForce(100).estimate(linear(), 30.0, 4, generator(0, "none")).high == pytest.approx(0.037, abs=1e-3)
+
+
+# The sampler's own law
+
+
+VARIANCE = torch.tensor([4.0, 1.0, 0.25, 0.01], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("sampler", [DDIM(12, 50.0, 0.01, 1.0), DPMSolverPP2M(12, 50.0, 0.01, 1.0), Heun(12, 50.0, 0.01)])
+def test_the_law_of_a_sampler_in_closed_form_is_that_of_its_samples(sampler):
+    stream, n = generator(0, "law"), 40000
+
+    def noise(number: int) -> torch.Tensor:
+        draw = torch.randn(n, 4, generator=stream, dtype=torch.float64)
+        return draw * (1 + VARIANCE / 50.0**2).sqrt() if number == 0 else draw
+
+    x = sampler(lambda x, sigma: x * VARIANCE / (VARIANCE + sigma**2), noise)
+    std = gains(sampler, VARIANCE).square().sum(0).sqrt()
+    torch.testing.assert_close(x.std(0) / std, torch.ones(4, dtype=torch.float64), rtol=0, atol=4 / math.sqrt(2 * n))
+
+
+def test_what_samplers_do_to_tails():
+    """The table of the reference: a perfect denoiser, twenty steps."""
+    weights = torch.ones(4, dtype=torch.float64)
+    worst = tail(DDIM(20, 80.0, 0.01), VARIANCE, weights)
+    assert worst.probability_ratio(1e-6) < 0.1 and "understates it" in worst.warning()
+    assert tail(DDIM(20, 80.0, 0.01, 1.0), VARIANCE, weights).probability_ratio(1e-4) < 0.05
+    ours = build(compose("extremes", ["experiment=gaussian_process"], partial=True).sampler, Sampler)
+    good = tail(ours, VARIANCE, weights)
+    assert abs(good.ratio - 1) < 0.005 and 0.9 < good.probability_ratio(1e-4) < 1.1 and good.warning() is None
+    assert (evaluations(ours), evaluations(Heun(5, 10.0, 0.1)), len(gains(ours, VARIANCE))) == (24, 9, 1)
+
+
+def test_the_map_of_a_gaussian_process_is_what_its_sampler_gives():
+    process, sampler = GaussianProcess(n=4, memory=0.5), ExponentialAdamsBashforth(10, 40.0, 0.01)
+    law = GaussianLaw(process, sampler, 3)
+    z = torch.randn(5, law.dimension, generator=generator(0, "map"), dtype=torch.float64)
+    first = law.covariance.expand(z.reshape(5, 16, 3) * (1 + law.variance / 40.0**2).sqrt()).reshape(5, *law.oracle.shape)
+    torch.testing.assert_close(law.fields(z), sampler(law.oracle, lambda number: first))
+    event = Event("time_mean(area_mean(u, box(0, 1, 0, 3))) > 1", law.spec)
+    exact = law.exact(event)
+    cells = torch.zeros(3, 4, 4, dtype=torch.float64)
+    cells[:, :2] = 1 / 24
+    dense = torch.kron(0.5 ** (torch.arange(3)[:, None] - torch.arange(3)).abs().double(), process.covariance)
+    assert exact.std**2 == pytest.approx(float(cells.flatten() @ dense @ cells.flatten()), rel=1e-6)
+    assert exact.sampler_std / exact.std == pytest.approx(law.tail(event).ratio)
+    assert law.exact(Event("max(u) > 1", law.spec)) is None
+
+
+# Events
+
+
+SPEC = FieldSpec(
+    (Variable("rain", "mm"), Variable("t2m", "K")), Grid(("y", "x"), (0.0, 1.0, 2.0), (0.0, 10.0, 20.0, 30.0), (False, True)), 7200.0
+)
+FIELDS = torch.randn(4, 5, 2, 3, 4, generator=generator(0, "fields"), dtype=torch.float64)
+RAIN, T2M = FIELDS[:, :, 0], FIELDS[:, :, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("time_mean(area_mean(rain)) > 1", RAIN.mean((1, 2, 3))),
+        ("area_mean(rain, box(0, 1, 10, 20)) > 1", RAIN[:, :, :2, 1:3].mean((2, 3)).amax(1)),
+        ("area_mean(rain, box(0, 1, 10, 20)) < 1", -RAIN[:, :, :2, 1:3].mean((2, 3)).amin(1)),
+        ("max(rain, wet) > 1", RAIN[:, :, 1:, [0, 3]].amax((1, 2, 3))),
+        ("last(min(t2m)) > 1", T2M[:, -1].amin((1, 2))),
+        ("first(at(t2m, 1.2, 21)) > 1", T2M[:, 0, 1, 2]),
+        ("fraction(rain > 0.5) >= 0.2", (RAIN > 0.5).double().mean((2, 3)).amax(1)),
+        ("duration(at(rain, 0, 0) > 0) > 4", 2 * (RAIN[:, :, 0, 0] > 0).sum(1).double()),
+        ("spell(area_mean(rain) < 0) > 4", 2 * longest((RAIN.mean((2, 3)) < 0).double())),
+        ("last(area_mean(rain)) - first(area_mean(rain)) > -1.5", RAIN.mean((2, 3))[:, -1] - RAIN.mean((2, 3))[:, 0]),
+        ("time_sum(max(hypot(rain, t2m))) / 2 > 0", torch.hypot(RAIN, T2M).amax((2, 3)).sum(1) / 2),
+        ("2 * time_max(area_mean(-rain + 1)) > 0", 2 * (1 - RAIN.mean((2, 3))).amax(1)),
+    ],
+)
+def test_events(text, expected):
+    event = Event(text, SPEC, {"wet": [1, 2, 30, 0]})
+    torch.testing.assert_close(event.functional(FIELDS), expected)
+    assert event.above == ("<" not in text.split(")")[-1])
+
+
+def test_an_event_looks_at_its_frames_alone():
+    event = Event("area_mean(rain) > 1", SPEC, frames=slice(2, 4))
+    torch.testing.assert_close(event.functional(FIELDS), RAIN[:, 2:4].mean((2, 3)).amax(1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("area_mean(rian) > 1", "did you mean 'rain'"),
+        ("area_maen(rain) > 1", "did you mean 'area_mean'"),
+        ("area_mean(rain, north) > 1", r"boxes\.north=\[y0,y1,x0,x1\]"),
+        ("area_mean(rain, box(0, 1)) > 1", "found 2 numbers"),
+        ("area_mean(rain, box(5, 6, 0, 30)) > 1", "holds no cell of the grid, y 0 to 2, x 0 to 30"),
+        ("area_mean(rain, box(2, 1, 0, 30)) > 1", "the smaller limit comes first"),
+        ("rain > 1", "compares a whole field"),
+        ("area_mean(rain) > rain", "the threshold is a number"),
+        ("area_mean(rain) == 1", "expected one comparison"),
+        ("0 < area_mean(rain) < 1", "expected one comparison"),
+        ("fraction(rain) > 1", "a condition such as rain > 3"),
+        ("area_mean(rain > 1) > 1", "is a condition"),
+        ("duration(rain > 1) > 1", "'duration' is of a series"),
+        ("area_mean(rain) + rain > 1", "combines a field and a series"),
+        ("at(rain, 9, 0) > 1", "outside the grid"),
+        ("area_mean(rain", "is not an expression"),
+        ("__import__('os').system('true') > 1", "is not understood"),
+        ("rain.shape > 1", "is not understood"),
+        ("max() > 1", "takes 1 to 2 arguments"),
+    ],
+)
+def test_mistakes_in_events(text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        Event(text, SPEC)
+    assert "\n" not in str(caught.value)
+
+
+# The command
+
+
+def test_the_command_on_a_gaussian_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    common = [
+        "extremes",
+        "experiment=gaussian_process",
+        "size=debug",
+        "event=area_mean(u, box(2, 4, 2, 4))",
+        "probability=1e-3",
+        "members=30",
+    ]
+    assert cli.main([*common, "out=e.nc", "method.samples=500", "replicates=3", "batch=500"]) == 0
+    told = capsys.readouterr().out
+    assert "of this model's law" in told and "exact: " in told
+    with xr.open_dataset(tmp_path / "e.nc", engine="h5netcdf") as found:
+        assert found.sizes == {"time": 1, "number": 30, "y": 8, "x": 8} and found.attrs["members_in_event"] == 30
+        low, high = found.attrs["probability_low"], found.attrs["probability_high"]
+        assert low < found.attrs["probability"] < high and found.attrs["method"] == "SubsetSimulation"
+        assert 0.3e-3 < found.attrs["probability"] < 3e-3 and found.attrs["network_calls"] == 24 * found.attrs["model_calls"]
+        assert float(found["event_functional"].min()) > 0
+    assert cli.main([*common, "out=f.nc", "sampler=ddim", "sampler.steps=20"]) == 2
+    refused = capsys.readouterr().err
+    assert "understates it" in refused and "accept_sampler" in refused and not (tmp_path / "f.nc").exists()
