@@ -105,7 +105,7 @@ class DenoiserRecipe(Recipe):
         """With the climatology of latents (N, T, D) installed."""
         shape, periodic = space.autoencoder.latent_shape, space.spec.grid.periodic
         levels = torch.logspace(*(torch.tensor(self.noise[k]).log10() for k in ("low", "high")), self.noise["levels"]).tolist()
-        lags, modes = min(self.lags, latents.shape[1]), min(self.modes, latents.shape[2])
+        lags, modes = min(self.lags, latents.shape[1]), min(self.modes, latents.shape[2], latents[..., 0].numel())
         with fitting():
             model = LatentDenoiser(
                 shape,
