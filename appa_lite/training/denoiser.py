@@ -105,7 +105,9 @@ class DenoiserRecipe(Recipe):
         """With the climatology of latents (N, T, D) installed."""
         shape, periodic = space.autoencoder.latent_shape, space.spec.grid.periodic
         levels = torch.logspace(*(torch.tensor(self.noise[k]).log10() for k in ("low", "high")), self.noise["levels"]).tolist()
-        lags, modes = min(self.lags, latents.shape[1]), min(self.modes, latents.shape[2], latents[..., 0].numel())
+        lags, modes = min(self.lags, latents.shape[1]), min(self.modes, latents.shape[2])
+        if self.localisation is None:
+            modes = min(modes, latents.shape[0] * latents.shape[1])  # so many frames span no more
         with fitting():
             model = LatentDenoiser(
                 shape,
