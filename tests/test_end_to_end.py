@@ -230,7 +230,7 @@ def test_files_that_are_not_there(ring, capsys):
     refused(ring, capsys, (*REANALYSIS, "observations=nowhere.parquet"), "nowhere.parquet: no such file", out="n.nc")
     refused(ring, capsys, (*FORECAST, "lead=1d", "initial=nowhere.nc"), "there is no file nowhere.nc", out="n.nc")
     refused(ring, capsys, (*REANALYSIS, "checkpoint=nowhere"), "no model at 'nowhere'", out="n.nc")
-    refused(ring, capsys, (*REANALYSIS, "checkpoint=autoencoder/model"), "train the denoiser", out="n.nc")
+    refused(ring, capsys, (*REANALYSIS, "checkpoint=autoencoder/model"), "train a model", out="n.nc")
     refused(ring, capsys, ("train", *RING, "trainable=identity", "data=nowhere.zarr", "run=n"), "there is no file nowhere.zarr")
     refused(ring, capsys, ("verify", "forecast=forecast.nc", "truth=nowhere.nc"), "there is no file nowhere.nc", out="n.json")
     refused(ring, capsys, ("observe", *RING, "truth=nowhere.zarr"), "there is no file nowhere.zarr", out="n.csv")
