@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -9,7 +11,7 @@ import xarray as xr
 from appa_lite import cli
 from appa_lite.config import build, compose
 from appa_lite.core.errors import UserError
-from appa_lite.core.fields import FieldSpec, Grid, Variable
+from appa_lite.core.fields import FieldSpec, Grid, Variable, to_datetime
 from appa_lite.core.random import generator
 from appa_lite.diffusion.base import Sampler
 from appa_lite.diffusion.rare_events.base import Response, family_error, lognormal, resample
@@ -20,7 +22,13 @@ from appa_lite.diffusion.rare_events.splitting import AdaptiveMultilevelSplittin
 from appa_lite.diffusion.rare_events.subset import SubsetSimulation
 from appa_lite.diffusion.sampler_law import NORMAL, evaluations, gains, tail
 from appa_lite.diffusion.samplers import DDIM, DPMSolverPP2M, ExponentialAdamsBashforth, Heun
-from appa_lite.forecasters.sampled_law import GaussianLaw
+from appa_lite.forecasters.sampled_law import GaussianLaw, ModelLaw, NoiseDriven
+from appa_lite.guidance.moment_matching import MomentMatching
+from appa_lite.models.checkpoint import Checkpoint
+from appa_lite.models.denoiser import LatentDenoiser
+from appa_lite.models.identity import IdentityAutoencoder
+from appa_lite.models.normalizer import Normalizer
+from appa_lite.observations import build_observation
 from appa_lite.observations.event import Event, longest
 from appa_lite.simulators.gaussian_process import GaussianProcess
 
@@ -288,3 +296,86 @@ def test_the_command_on_a_gaussian_process(tmp_path, monkeypatch, capsys):
     assert cli.main([*common, "out=f.nc", "sampler=ddim", "sampler.steps=20"]) == 2
     refused = capsys.readouterr().err
     assert "understates it" in refused and "accept_sampler" in refused and not (tmp_path / "f.nc").exists()
+
+
+# A trained model: with an untrained network it is the Gaussian of its climatology, so that all of this has a closed form
+
+CELLS, WINDOW, MEMORY, HOUR = 8, 5, 0.9, 3600.0
+TIMES = to_datetime(HOUR * np.arange(4))
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    spec = FieldSpec((Variable("u", "m"),), Grid(("x",), (0.0,), tuple(map(float, range(CELLS))), (False, True)), HOUR)
+    denoiser = LatentDenoiser(spec.shape, WINDOW, width=8, depth=1, heads=1, modes=CELLS, lags=40)
+    denoiser.covariance.basis.copy_(torch.eye(CELLS))
+    denoiser.covariance.autocovariance.copy_((MEMORY ** torch.arange(40.0)).expand(CELLS, 40))
+    denoiser.covariance.remainder.zero_()
+    return Checkpoint(spec, Normalizer(spec.shape), IdentityAutoencoder(spec.shape), denoiser.eval().requires_grad_(False), {})
+
+
+def model(checkpoint) -> NoiseDriven:
+    return NoiseDriven(checkpoint, MomentMatching(), ExponentialAdamsBashforth(12, 30.0, 0.03, schedule="edm"), overlap=2, batch=512)
+
+
+def law_of(checkpoint, case: str) -> tuple[ModelLaw, str, float, float]:
+    """A law, a functional of it, and the functional's mean and standard deviation."""
+    if case == "free":
+        return ModelLaw(model(checkpoint), TIMES), "last(area_mean(u, box(0, 3)))", 0.0, 0.5
+    if case == "observed":
+        table = pd.DataFrame({"time": TIMES[[1]], "x": [1.0], "observation": [2.0], "variable": "u", "error_std": 0.5})
+        observation = build_observation(table, checkpoint.spec, TIMES)[0]
+        gain = MEMORY**2 / 1.25
+        return ModelLaw(model(checkpoint), TIMES, observation), "last(at(u, 1))", 2 * gain, math.sqrt(1 - gain * MEMORY**2)
+    initial = torch.full((1, 1, 1, 1, CELLS), 1.5) * torch.tensor([1.0, 1.0]).reshape(2, 1, 1, 1, 1)
+    return ModelLaw(model(checkpoint), TIMES, initial=initial), "last(at(u, 0, 3))", 1.5 * MEMORY**3, math.sqrt(1 - MEMORY**6)
+
+
+@pytest.mark.parametrize("case", ["free", "observed", "forecast"])
+def test_a_model_is_a_map_from_noise_whatever_it_is_given(checkpoint, case):
+    law, text, mean, std = law_of(checkpoint, case)
+    p = 2e-2
+    event = Event(f"{text} > {mean + std * quantile(p)}", law.spec)
+    response = law.response(event, 512)
+    found = SubsetSimulation(200, moves=2).estimate(response, event.threshold, 20, generator(0, case))
+    assert abs(math.log(found.probability / p)) < 3.5 * found.error + 0.1
+    fields = law.fields(found.noise)
+    assert fields.shape == (20, 4, 1, 1, CELLS) and bool((event.functional(fields) > event.threshold).all())
+    torch.testing.assert_close(event.functional(fields).double(), found.values, rtol=1e-4, atol=1e-4)
+    z = response.noise(100, generator(1, case))
+    values = event.functional(law.fields(z))
+    assert float(values.mean()) == pytest.approx(mean, abs=4 * std / 10) and float(values.std()) == pytest.approx(std, rel=0.28)
+    assert law.differentiable == (case == "free") and abs(law.tail(event).ratio - 1) < 0.02
+
+
+def test_the_instanton_of_a_model(checkpoint):
+    law, text, mean, std = law_of(checkpoint, "free")
+    event = Event(f"{text} > {mean + std * quantile(1e-5)}", law.spec)
+    found = InstantonImportanceSampling(300, pilot=20).unchecked(law.response(event, 512), event.threshold, 10, generator(0, "model"))
+    assert found.probability == pytest.approx(1e-5, rel=4 * found.error + 0.03) and found.error < 0.2
+
+
+def test_the_command_on_a_model(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(tmp_path / "model")
+    small = ["extremes", "checkpoint=model", "size=debug", "members=6", "method.samples=60", "batch=128", "sampler.steps=12"]
+    assert cli.main([*small, "event=max(u, west) > 2.5", "boxes.west=[0,3]", "frames=3", "out=free.zarr"]) == 0
+    assert cli.main([*small, "event=last(at(u, 3)) > 1.5", "initial=free.zarr", "lead=2h", "out=ahead.nc"]) == 0
+    assert cli.main([*small, "event=min(u) < -9", "method=brute_force", "frames=2", "out=none.nc"]) == 0
+    assert "0 of 0 members" in capsys.readouterr().out
+    with xr.open_dataset("ahead.nc", engine="h5netcdf") as found:
+        assert found["u"].dims == ("time", "prediction_timedelta", "number", "x") and found.sizes["prediction_timedelta"] == 3
+        assert float(found["u"].isel(prediction_timedelta=-1, x=3).min()) > 1.5
+    rows = pd.DataFrame({"time": TIMES[[0, 1]], "x": [1.0, 2.0], "observation": [1.0, 0.5], "variable": "u", "error_std": 0.5})
+    rows.to_csv("rows.csv", index=False)
+    given = ["observations=rows.csv", f"end={TIMES[3]}", f"event_start={TIMES[2]}"]
+    assert cli.main([*small, *given, "event=area_mean(u) > 1", "out=given.nc"]) == 0
+    for wrong, message in (
+        (["event=max(v) > 1"], "unknown variable 'v'"),
+        (["event=max(u)"], "expected a threshold"),
+        (["event=max(u) > 1", "initial=free.zarr"], "needs lead"),
+        (["event=max(u) > 1", *given[:1], "method=instanton"], "derivative"),
+        (["event=max(u) > 99", "method.max_levels=1"], "out of reach"),
+    ):
+        assert cli.main([*small[:5], "out=wrong.nc", *wrong]) == 2
+        assert message in capsys.readouterr().err

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from appa_lite import cli
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec, Grid, Variable, to_datetime
 from appa_lite.core.random import generator
@@ -452,6 +453,20 @@ def test_a_signal_saves_and_restores_the_handlers(tmp_path):
         train(Signals(), windows(), None, TrainingConfig(**BASE), tmp_path)
     assert stopped.value.code == 130 and signal.getsignal(signal.SIGINT) is before
     assert (tmp_path / "checkpoints" / "step_0000013").exists()
+
+
+def test_a_dataset_larger_than_memory(tmp_path, monkeypatch):
+    """Through the command line: streamed, a denoiser learns the same bits."""
+    monkeypatch.chdir(tmp_path)
+    common = ("experiment=lorenz96", "size=debug")
+    assert cli.main(["simulate", *common, "frames=60", "spinup=20", "out=data.zarr"]) == 0
+    train = ["train", *common, "data=data.zarr"]
+    assert cli.main([*train, "trainable=identity", "run=identity", "memory=1"]) == 0
+    for memory in ("8e9", "1"):
+        keys = ("autoencoder=identity/model", f"run=denoiser_{memory}", f"memory={memory}")
+        assert cli.main([*train, "trainable=denoiser", *keys]) == 0
+    files = [next((tmp_path / f"denoiser_{memory}" / "model" / "denoiser").glob("*.safetensors")) for memory in ("8e9", "1")]
+    assert_same(*(load_file(file) for file in files))
 
 
 # A process of its own; for several see test_distributed.py

@@ -10,7 +10,7 @@ from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec, Grid, Variable, to_datetime
 from appa_lite.core.store import open_dataset
 from appa_lite.data.statistics import DAY, Statistics, chunks, statistics
-from appa_lite.data.windows import GlobalSampler, WindowDataset, collate
+from appa_lite.data.windows import GlobalSampler, LazyFields, WindowDataset, collate
 
 
 @pytest.fixture
@@ -98,6 +98,20 @@ def test_remote_stores_are_streamed(spec, dataset, tmp_path):
         open_dataset("https://example.org/data.nc")
     with pytest.raises(UserError, match="cannot be read"):
         open_dataset("nowhere://somewhere/data.zarr")
+
+
+def test_a_part_of_what_is_streamed(spec, dataset):
+    """Views stay lazy; a sample is of whole blocks, evenly spread, and everything where it fits."""
+    fields = spec.to_tensor(dataset)
+    lazy = LazyFields(dataset, spec)
+    lazy.block = 4
+    assert lazy.nbytes == fields.nbytes
+    view = lazy[:2, 3:15]
+    assert view.shape == (2, 12, *spec.shape) and torch.equal(view[1, 2:9], fields[1, 5:12])
+    whole, places = lazy.sample(1e9)
+    assert torch.equal(whole, fields) and torch.equal(places, torch.arange(20))
+    part, places = lazy.sample(0.45 * lazy.nbytes)
+    assert places.tolist() == [0, 1, 2, 3, 8, 9, 10, 11] and torch.equal(part, fields[:, places])
 
 
 def test_windows_do_not_straddle_gaps():

@@ -29,7 +29,7 @@ BLOCK = 2**26  #: bytes, as decoded, that are read from a store at once, if its 
 
 
 class LazyFields:
-    """Trajectories of an xarray dataset behind array syntax: ``lazy[n, a:b]`` is read when asked for.
+    """Trajectories of an xarray dataset behind array syntax: ``lazy[n, a:b]`` is read when asked for, ``lazy[n:m, a:b]`` is lazy.
 
     Whole chunks or shards are read at once, ``block`` frames of a trajectory, and the last ``kept`` blocks stay in memory,
     for windows that are visited block by block (see `GlobalSampler`).
@@ -44,11 +44,27 @@ class LazyFields:
         self.block = _frames_per_block(dataset[spec.names[0]], 4 * int(np.prod(spec.shape)))
         self._blocks: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
 
-    def __getitem__(self, key: tuple[int, slice]) -> Tensor:
+    def __getitem__(self, key: tuple[int | slice, slice]) -> "Tensor | LazyFields":
+        if isinstance(key[0], slice):
+            return LazyFields(self.dataset.isel(trajectory=key[0], time=key[1]), self.spec, self.kept)
         start, stop, _ = key[1].indices(self.shape[1])
         blocks = range(start // self.block, max(stop - 1, start) // self.block + 1)
         parts = [self._read(key[0], i)[max(0, start - i * self.block) : stop - i * self.block] for i in blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @property
+    def nbytes(self) -> int:
+        """As decoded."""
+        return 4 * int(np.prod(self.shape))
+
+    def sample(self, limit: float) -> tuple[Tensor, Tensor]:
+        """As many whole blocks of all trajectories as ``limit`` bytes hold, evenly spread in time, and the places of their frames."""
+        count = -(-self.shape[1] // self.block)
+        most = max(1, int(limit * count / self.nbytes))
+        chosen = range(count) if most >= count else [i * count // most for i in range(most)]
+        slices = [slice(i * self.block, min(self.shape[1], (i + 1) * self.block)) for i in chosen]
+        fields = [torch.cat([self[n, piece] for piece in slices]) for n in range(self.shape[0])]
+        return torch.stack(fields), torch.cat([torch.arange(piece.start, piece.stop) for piece in slices])
 
     def _read(self, trajectory: int, block: int) -> Tensor:
         key = (int(trajectory), block)
@@ -108,7 +124,7 @@ class WindowDataset(Dataset):
         if missing:
             raise UserError(f"variables {missing} are missing: the dataset has {list(dataset.data_vars)}")
         fields = LazyFields(dataset, spec)
-        if 4 * float(np.prod(fields.shape)) <= memory_limit:
+        if fields.nbytes <= memory_limit:
             fields = spec.to_tensor(fields.dataset)
         return cls(fields, dataset["time"].values, frames, stride)
 

@@ -55,7 +55,7 @@ class GuidedDenoiser(ABC):
 
 def check_sample(x: Tensor, sigma_max: float) -> None:
     """Raise FloatingPointError if the reverse process diverged: not finite, or beyond ``LARGEST`` first noise levels."""
-    largest = float(x.abs().max())
+    largest = float(x.detach().abs().max())
     if not largest < LARGEST * sigma_max:
         raise FloatingPointError(
             f"the sampler diverged (largest value {largest:.2g}, noise from {sigma_max:.3g}): take more steps, check the "

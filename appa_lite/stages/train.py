@@ -13,6 +13,7 @@ from appa_lite.config import build, resolve
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec, to_seconds
 from appa_lite.data.open import open_fields
+from appa_lite.data.windows import LazyFields
 from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.stages.prior import matching_fields
 from appa_lite.training.base import Recipe
@@ -60,8 +61,8 @@ def _data(cfg: DictConfig, config: TrainingConfig) -> TrainingData:
     train, spec = _sample(cfg, cfg.data, cfg.period, base and base.spec)
     if cfg.validation is None and cfg.validation_period is None:
         cut = train.fields.shape[1] * 9 // 10
-        held = Sample(train.fields[:, cut:], train.times[cut:])
-        train = Sample(train.fields[:, :cut], train.times[:cut])
+        held = train.part(train.fields.shape[0], slice(cut, None))
+        train = train.part(train.fields.shape[0], slice(cut))
     else:
         held, _ = _sample(cfg, cfg.validation or cfg.data, cfg.validation_period, spec)
     settings = {"experiment": cfg.experiment, "forcing_periods": list(cfg.forcing_periods), "phase": float(train.times[0] % spec.step)}
@@ -76,5 +77,9 @@ def _sample(cfg: DictConfig, path: str, period: list | None, spec: FieldSpec | N
         dataset, spec = open_fields(path, cfg.variables, options)
     else:
         dataset = matching_fields(path, spec, options)
+    times = torch.from_numpy(to_seconds(dataset["time"].values))
+    streamed = LazyFields(dataset, spec)
+    if streamed.nbytes > cfg.memory:
+        return Sample(streamed, times), spec
     fields = spec.to_tensor(dataset)
-    return Sample(fields if fields.ndim == 5 else fields[None], torch.from_numpy(to_seconds(dataset["time"].values))), spec
+    return Sample(fields if fields.ndim == 5 else fields[None], times), spec

@@ -80,10 +80,10 @@ class AutoencoderTraining(Trainable):
 
 def _training(data: TrainingData, model: nn.Module, weights: Mapping[str, float]) -> AutoencoderTraining:
     """With the climatology of all training fields, and some of them for what is done once."""
-    fields, times = data.train.fields, data.train.times
-    some = Sample(fields[: max(1, 3000 // fields.shape[1])], times)
-    test = Sample(data.held.fields[:4, :400], data.held.times[:400])
-    statistics = climatology(data.spec, fields)
+    train = data.train.in_memory()
+    some = train.part(max(1, 3000 // train.fields.shape[1]), slice(None))
+    test = data.held.part(4, slice(400)).in_memory()
+    statistics = climatology(data.spec, train.fields)
     return AutoencoderTraining(model, data.fit_normalizer(), data.spec, dict(weights), some, test, data.settings, statistics)
 
 

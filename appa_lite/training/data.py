@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec
+from appa_lite.data.windows import LazyFields
 from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.models.identity import IdentityAutoencoder
 from appa_lite.models.normalizer import Normalizer
@@ -16,10 +17,20 @@ from appa_lite.models.normalizer import Normalizer
 
 @dataclass(frozen=True)
 class Sample:
-    """Some trajectories: fields (N, T, C, H, W) in physical units, times (T,) in seconds since 1970."""
+    """Some trajectories: fields (N, T, C, H, W) in physical units, in memory or streamed; times (T,) in seconds since 1970."""
 
-    fields: Tensor
+    fields: Tensor | LazyFields
     times: Tensor
+
+    def part(self, trajectories: int, frames: slice) -> "Sample":
+        return Sample(self.fields[:trajectories, frames], self.times[frames])
+
+    def in_memory(self, limit: float = 2e9) -> "Sample":
+        """Itself where it is in memory; of what is streamed, pieces evenly spread in time, ``limit`` bytes of them."""
+        if isinstance(self.fields, Tensor):
+            return self
+        fields, places = self.fields.sample(limit)
+        return Sample(fields, self.times[places])
 
 
 @dataclass(frozen=True)
@@ -47,11 +58,12 @@ class TrainingData:
             for key, default in (("transforms", "identity"), ("offsets", 1.0))
         ]
         fresh = Normalizer(self.spec.shape, list(self.normalizer["periods"]), *pick, self.spec.grid.periodic)
-        return fresh.fit(self.train.fields, self.train.times, self.spec.mask_tensor())
+        train = self.train.in_memory()
+        return fresh.fit(train.fields, train.times, self.spec.mask_tensor())
 
     def space(self) -> Checkpoint:
         """The latent space to work in: that of the autoencoder given, else normalised fields as they are."""
-        statistics = climatology(self.spec, self.train.fields)
+        statistics = climatology(self.spec, self.train.in_memory().fields)
         if self.base is not None:
             return replace(self.base, denoiser=None, climatology=statistics)
         return Checkpoint(self.spec, self.fit_normalizer(), IdentityAutoencoder(self.spec.shape), None, self.settings, statistics)
@@ -95,16 +107,16 @@ class LatentWindows(Dataset):
 
 
 @torch.no_grad()
-def encode(checkpoint: Checkpoint, fields: Tensor, times: Tensor, chunk: int = 64) -> Tensor:
+def encode(checkpoint: Checkpoint, fields: Tensor | LazyFields, times: Tensor, chunk: int = 64) -> Tensor:
     """Latents (N, T', Z, h, w) of trajectories, in overlapping pieces so that the ends of a piece do not show."""
     stride, reach = checkpoint.autoencoder.stride[0], 2 * checkpoint.autoencoder.reach
     total, out = fields.shape[1] // stride, []
-    for trajectory in fields:
-        normal = checkpoint.normalizer(trajectory[: total * stride], times[: total * stride])[None]
+    for n in range(fields.shape[0]):
         parts = []
         for start in range(0, total, chunk):
             low, high = max(0, start - reach), min(total, start + chunk + reach)
-            latents = checkpoint.autoencoder.encode(normal[:, low * stride : high * stride])
+            piece = slice(low * stride, high * stride)
+            latents = checkpoint.autoencoder.encode(checkpoint.normalizer(fields[n, piece], times[piece])[None])
             parts.append(latents[:, start - low : start - low + min(chunk, total - start)])
         out.append(torch.cat(parts, dim=1)[0])
     return torch.stack(out)

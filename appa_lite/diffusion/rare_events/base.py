@@ -49,10 +49,13 @@ class Response:
             raise FloatingPointError("the event's functional is not finite on samples of this model")
         return values
 
-    def gradient(self, noise: Tensor) -> tuple[float, Tensor]:
-        """The value and its gradient (d,) at one z (d,)."""
+    def check_gradient(self) -> None:
+        """Raise UserError if there is no derivative."""
         if not self.differentiable:
             raise UserError("this method needs the derivative of the event along the sampler, which is not to be had here: method=subset")
+
+    def gradient(self, noise: Tensor) -> tuple[float, Tensor]:
+        """The value and its gradient (d,) at one z (d,)."""
         self.calls += 1
         self.gradients += 1
         with torch.enable_grad():

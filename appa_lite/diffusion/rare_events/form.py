@@ -83,6 +83,7 @@ class InstantonImportanceSampling(RareEventMethod):
         Raises:
             UserError: the search does not come to an end.
         """
+        response.check_gradient()
         pilot = response.noise(self.pilot, generator)
         values = response(pilot)
         z, spread = pilot[values.argmax()], float(values.std())
