@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 
 from appa_lite import cli
-from appa_lite.config import build, compose
+from appa_lite.config import build, compose, options
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec, Grid, Variable, to_datetime
 from appa_lite.core.random import generator
@@ -23,6 +23,7 @@ from appa_lite.diffusion.rare_events.subset import SubsetSimulation
 from appa_lite.diffusion.sampler_law import NORMAL, evaluations, gains, tail
 from appa_lite.diffusion.samplers import DDIM, DPMSolverPP2M, ExponentialAdamsBashforth, Heun
 from appa_lite.forecasters.sampled_law import GaussianLaw, ModelLaw, NoiseDriven
+from appa_lite.guidance.event import EventDenoiser, EventGuidance, TwistedParticles
 from appa_lite.guidance.moment_matching import MomentMatching
 from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.models.denoiser import LatentDenoiser
@@ -379,3 +380,62 @@ def test_the_command_on_a_model(checkpoint, tmp_path, monkeypatch, capsys):
     ):
         assert cli.main([*small[:5], "out=wrong.nc", *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+# Guidance
+
+
+@pytest.fixture(scope="module")
+def process() -> GaussianLaw:
+    return GaussianLaw(GaussianProcess(n=6), ExponentialAdamsBashforth(24, 80.0, 0.01, schedule="edm"), 1)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 1.0, 10.0])
+def test_the_guided_denoiser_of_a_gaussian_is_exact(process, sigma):
+    """E[x | x_t, S > s] = D + cov(x, S | x_t) phi / (sd Phi) for jointly Gaussian x and S; likelihood included."""
+    event = Event("area_mean(u, box(1, 3, 1, 3)) > 0.8", process.spec)
+    x = 2 * torch.randn(3, *process.oracle.shape, generator=generator(0, "guided"), dtype=torch.float64)
+    told = EventDenoiser(process.latent(event, 0.8)).twist(x, torch.tensor(sigma, dtype=torch.float64))
+    c = process.oracle.spread(torch.eye(36, dtype=torch.float64))
+    left = c - c @ torch.linalg.solve(c + sigma**2 * torch.eye(36, dtype=torch.float64), c)
+    mean = x.flatten(1) @ torch.linalg.solve(c + sigma**2 * torch.eye(36, dtype=torch.float64), c)
+    a = torch.zeros(6, 6, dtype=torch.float64)
+    a[1:4, 1:4] = 1 / 9
+    a = a.flatten()
+    sd = (a @ left @ a).sqrt()
+    place = (mean @ a - 0.8) / sd
+    hazard = (NORMAL.log_prob(place) - torch.special.log_ndtr(place)).exp()
+    torch.testing.assert_close(told.log_likelihood, torch.special.log_ndtr(place), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(told.posterior.flatten(1), mean + hazard[:, None] * (left @ a) / sd, rtol=1e-6, atol=1e-6)
+
+
+def test_guidance_draws_the_event_and_particles_tell_its_probability(process):
+    exact = process.exact(Event("area_mean(u, box(1, 3, 1, 3))", process.spec))
+    s = exact.threshold(1e-3)
+    event = Event(f"area_mean(u, box(1, 3, 1, 3)) > {s}", process.spec)
+    mean, std = exact.given(s)
+    for method in (EventGuidance(64), TwistedParticles(128, 4, 64)):
+        found = method.sample(process.latent(event, s), 400, 400, generator(0, "guidance"))
+        values = event.functional(process.decoded(found.latents))
+        assert float((values > s).double().mean()) >= 0.99
+        assert float(values.mean()) == pytest.approx(mean, rel=0.015)
+        assert 0.8 < float(values.std()) / std < 1.15
+    assert found.probability == pytest.approx(1e-3, rel=4 * found.error + 0.06)
+    with pytest.raises(UserError, match="fixed width"):
+        EventGuidance(width=0.1)
+    flat = Event("fraction(u > 1) > 0.5", process.spec)
+    with pytest.raises(UserError, match="no slope"):
+        EventGuidance().sample(process.latent(flat, 0.5), 2, 2, generator(0, "flat"))
+
+
+@pytest.mark.parametrize("method", options("method"))
+def test_every_method_by_the_command(method, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    less = {"brute_force": ["method.samples=2000"], "twisted_smc": ["method.particles=32", "method.steps=16"]}.get(method, [])
+    event = ["event=area_mean(u, box(2, 4, 2, 4))", "probability=2e-2", "members=20"]
+    assert cli.main(["extremes", "experiment=gaussian_process", "size=debug", f"method={method}", *event, *less, "out=e.zarr"]) == 0
+    told, found = capsys.readouterr().out, xr.open_zarr(tmp_path / "e.zarr")
+    assert found.sizes["number"] == 20 and found.attrs["members_in_event"] >= 19
+    assert ("probability" in found.attrs) == (method != "guidance") and ("does not tell" in told) == (method == "guidance")
+    if "probability" in found.attrs:
+        assert 0.3 < found.attrs["probability"] / 2e-2 < 3

@@ -8,14 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec
 from appa_lite.diffusion.base import Denoiser, NoiseSource, Sampler
 from appa_lite.diffusion.rare_events.base import Response
 from appa_lite.diffusion.sampler_law import NORMAL, Tail, draws_of, evaluations, gains, start, tail
-from appa_lite.forecasters.laboratory import prior_of
+from appa_lite.forecasters.laboratory import Climatology, prior_of
 from appa_lite.forecasters.latent_diffusion import LatentDiffusion
-from appa_lite.forecasters.posterior import Prior
+from appa_lite.forecasters.posterior import ModeCovariance, Prior
 from appa_lite.guidance.base import Guidance, LatentObservation
+from appa_lite.guidance.event import LatentEvent
 from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.observations.base import Observation
 from appa_lite.observations.event import Event
@@ -47,6 +49,18 @@ class SampledLaw(ABC):
     def exact(self, event: Event) -> "GaussianEvent | None":
         """The event's own law, where it is known."""
         return None
+
+    @abstractmethod
+    def latent(self, event: Event, threshold: float) -> LatentEvent:
+        """The event for methods that guide.
+
+        Raises:
+            UserError: of a law that is itself guided.
+        """
+
+    @abstractmethod
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Fields (B, T, C, H, W) of the latents that such a method samples."""
 
     def response(self, event: Event, batch: int) -> Response:
         """S(T(z)), for the methods that estimate rare events."""
@@ -100,6 +114,13 @@ class GaussianLaw(SampledLaw):
         coordinates = (noise.unflatten(1, self.gains.shape) * self.gains).sum(1)
         return self.covariance.expand(coordinates).reshape(len(noise), *self.oracle.shape)
 
+    def latent(self, event: Event, threshold: float) -> LatentEvent:
+        known = Climatology(self.covariance, self.oracle.shape[1:], self.oracle.shape[0])
+        return LatentEvent(self.oracle, event.functional, threshold, known, self.oracle.shape, self.dtype)
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        return latents
+
     def _slope(self, event: Event) -> Tensor | None:
         """Components (K, T) of the functional's derivative; None where it is not linear."""
         x = torch.zeros(1, *self.oracle.shape, dtype=torch.float64, requires_grad=True)
@@ -142,6 +163,10 @@ class NoiseDriven(LatentDiffusion):
         super().__init__(checkpoint, guidance, sampler, overlap, batch)
         self.places: dict[str, tuple[int, tuple[int, ...]]] = {}  #: name -> first number, (K, *shape)
         self.draws = len(gains(sampler, torch.ones(1, dtype=torch.float64)))
+
+    def prior(self, times: np.ndarray) -> Prior:
+        """The law of the frames at ``times``."""
+        return Prior(self.checkpoint, self.period(times), self.overlap, self.batch)
 
     @property
     def dimension(self) -> int:
@@ -206,6 +231,17 @@ class ModelLaw(SampledLaw):
         before = self.times[0] - np.arange(known.shape[1] - 1, -1, -1) * np.timedelta64(round(self.spec.step * 1e9), "ns")
         ahead = self.model.forecast(known, before, len(self.times) - 1, members, 0)
         return torch.cat([known[:, -1:], ahead], dim=1)
+
+    def latent(self, event: Event, threshold: float) -> LatentEvent:
+        if not self.differentiable:
+            raise UserError("guidance towards an event is for free runs: given observations or an initial state, use method=subset")
+        prior = self.model.prior(self.times)
+        functional = lambda z: event.functional(self.decoded(z))  # noqa: E731
+        return LatentEvent(prior.denoiser(), functional, threshold, ModeCovariance(prior), prior.shape, self.dtype)
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        prior = self.model.prior(self.times)
+        return torch.cat([prior.period.cut(prior.decode(z[None])) for z in latents])
 
     def tail(self, event: Event) -> Tail:
         """Of a functional that weighs all modes of the climatology alike."""

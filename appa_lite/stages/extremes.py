@@ -17,7 +17,7 @@ from appa_lite.core.random import generator
 from appa_lite.core.store import check_target, provenance, write_dataset
 from appa_lite.data.open import parse_date
 from appa_lite.diffusion.base import Sampler
-from appa_lite.diffusion.rare_events.base import WIDE, Estimate, RareEventMethod, lognormal
+from appa_lite.diffusion.rare_events.base import WIDE, Estimate, GuidedMethod, Method, RareEventMethod, lognormal
 from appa_lite.forecasters.base import Assimilator
 from appa_lite.forecasters.sampled_law import GaussianLaw, ModelLaw, SampledLaw
 from appa_lite.observations import build_observation
@@ -29,6 +29,7 @@ from appa_lite.stages import assimilation as shared
 from appa_lite.stages.prior import BEGINNING, Bar, competitor, duration, matching_fields
 
 log = logging.getLogger(__name__)
+Facts = dict[str, float]
 
 
 def run(cfg: DictConfig) -> None:
@@ -39,18 +40,11 @@ def run(cfg: DictConfig) -> None:
     law, times, inputs = law_of(cfg)
     event, threshold = event_of(cfg, law, times)
     facts = judge_sampler(cfg, law, event)
-    method, bar, estimates = build(cfg.method, RareEventMethod), Bar(), []
-    for number in range(cfg.replicates):
-        response = law.response(event, cfg.batch)
-        estimates.append(method.estimate(response, threshold, cfg.members, generator(cfg.seed, "rare event", number), bar))
-        estimates[-1].facts["calls_in_all"] = float(response.calls)
+    method, bar = build(cfg.method, Method), Bar()
+    drawn = guided if isinstance(method, GuidedMethod) else estimated
+    fields, found = drawn(cfg, law, event, threshold, method, bar)
     bar.close()
-    facts |= summary(estimates, law.evaluations) | truth(law, event, threshold, estimates)
-    noise = torch.cat([e.noise for e in estimates])[: cfg.members]
-    with torch.no_grad():
-        fields = (
-            torch.cat([law.fields(part) for part in noise.split(cfg.batch)]) if len(noise) else torch.zeros(0, len(times), *law.spec.shape)
-        )
+    facts |= found
     dataset = packed(cfg, law, times, fields)
     values = event.functional(fields).double().numpy() if len(fields) else np.zeros(0)
     dataset["event_functional"] = ("number", values if event.above else -values, {"long_name": event.expression})
@@ -59,7 +53,7 @@ def run(cfg: DictConfig) -> None:
         provenance(cfg, cfg.seed, inputs)
         | facts
         | {"method": name, "event": f"{event.text}{event.when}", "members_in_event": int((values > threshold).sum())}
-        | {"members_distinct": len(noise.unique(dim=0))}
+        | {"members_distinct": len(fields.unique(dim=0)) if len(fields) else 0}
     )
     dataset.attrs["field_spec"] = json.dumps(law.spec.to_dict())
     write_dataset(dataset, cfg.out, dataset.attrs)
@@ -164,6 +158,51 @@ def judge_sampler(cfg: DictConfig, law: SampledLaw, event: Event) -> dict[str, f
 # What came of it
 
 
+def estimated(
+    cfg: DictConfig, law: SampledLaw, event: Event, threshold: float, method: RareEventMethod, bar: Bar
+) -> tuple[torch.Tensor, Facts]:
+    """Fields given the event and what is known of it, by a method in the noise of the sampler."""
+    estimates = []
+    for number in range(cfg.replicates):
+        response = law.response(event, cfg.batch)
+        estimates.append(method.estimate(response, threshold, cfg.members, generator(cfg.seed, "rare event", number), bar))
+        estimates[-1].facts["calls_in_all"] = float(response.calls)
+    noise = torch.cat([e.noise for e in estimates])[: cfg.members]
+    with torch.no_grad():
+        empty = torch.zeros(0, *law.fields(torch.zeros(1, law.dimension, dtype=law.dtype)).shape[1:])
+        fields = torch.cat([law.fields(part) for part in noise.split(cfg.batch)]) if len(noise) else empty
+    return fields, summary(estimates, law.evaluations) | truth(law, event, threshold, estimates)
+
+
+def guided(cfg: DictConfig, law: SampledLaw, event: Event, threshold: float, method: GuidedMethod, bar: Bar) -> tuple[torch.Tensor, Facts]:
+    """The same by a method that guides: its calls are passes through the network, forward or backward."""
+    if cfg.replicates > 1:
+        raise UserError("replicates=... is for methods in the noise of a sampler (subset, splitting, instanton, brute_force)")
+    found = method.sample(law.latent(event, threshold), cfg.members, cfg.batch, generator(cfg.seed, "rare event", 0), bar)
+    with torch.no_grad():
+        fields = law.decoded(found.latents)
+    facts = {"model_calls": found.passes, "network_calls": found.passes}
+    if found.probability is not None:
+        facts |= {
+            "probability": found.probability,
+            "probability_low": found.low,
+            "probability_high": found.high,
+            "relative_error": found.error,
+        }
+    exact = law.exact(event)
+    if exact is not None:
+        mean, std = exact.given(threshold)
+        values = event.functional(fields).double()
+        facts |= {
+            "probability_exact": exact.probability(threshold),
+            "mean_ratio_given_event": float((values.mean() - exact.mean) / (mean - exact.mean)),
+        }
+        facts |= {"std_ratio_given_event": float(values.std() / std)}
+        shift = fields.mean(0) / (mean - exact.mean) - exact.response
+        facts |= {"field_error_given_event": float(shift.norm() / exact.response.norm())}
+    return fields, facts
+
+
 def summary(estimates: Sequence[Estimate], evaluations: int) -> dict[str, float]:
     """Probability, interval and cost, of one estimate or of the mean of several."""
     p = [e.probability for e in estimates]
@@ -227,19 +266,24 @@ def packed(cfg: DictConfig, law: SampledLaw, times: np.ndarray, fields: torch.Te
 def told(event: Event, threshold: float, facts: dict, members: int) -> str:
     """The result in a few lines."""
     side, units = (">", threshold) if event.above else ("<", -threshold)
-    what = f"P({event.expression} {side} {units:.5g}{event.when})"
-    lines = [
-        f"{what} = {facts['probability']:.3g}, 95 % interval {facts['probability_low']:.2g} to "
-        f"{facts['probability_high']:.2g}, of this model's law",
+    what = f"{event.expression} {side} {units:.5g}{event.when}"
+    lines = [f"{what}: {facts['method']} draws from it, and does not tell how likely it is (method=subset does)"]
+    if "probability" in facts:
+        interval = f"{facts['probability_low']:.2g} to {facts['probability_high']:.2g}"
+        lines = [f"P({what}) = {facts['probability']:.3g}, 95 % interval {interval}, of this model's law"]
+    lines.append(
         f"{facts['method']}: {facts['model_calls']} model calls ({facts['network_calls']} of the network); "
-        f"{facts['members_in_event']} of {members} members are in the event",
-    ]
+        f"{facts['members_in_event']} of {members} members are in the event"
+    )
     if "probability_exact" in facts:
-        lines.append(
-            f"exact: {facts['probability_exact']:.4g}, of the sampler's law {facts['probability_of_sampler']:.4g}; "
-            f"relative rmse {facts['relative_rmse']:.3f}, bias {facts['relative_bias']:+.3f}, interval covers {facts['coverage']:.0%}, "
+        lines.append(f"exact: {facts['probability_exact']:.4g}")
+    if "relative_rmse" in facts:
+        lines[-1] += (
+            f", of the sampler's law {facts['probability_of_sampler']:.4g}; relative rmse {facts['relative_rmse']:.3f}, "
+            f"bias {facts['relative_bias']:+.3f}, interval covers {facts['coverage']:.0%}, "
             f"{facts['calls_per_estimate']:.0f} calls an estimate"
         )
+    if "mean_ratio_given_event" in facts:
         lines.append(
             f"given the event: mean {facts['mean_ratio_given_event']:.4f} and spread {facts['std_ratio_given_event']:.3f} of the "
             f"exact ones, mean field off by {facts['field_error_given_event']:.1%}"

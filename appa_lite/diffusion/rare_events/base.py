@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,31 @@ def family_error(family: Tensor, weights: Tensor, ancestors: int) -> float:
     return math.sqrt(max(float(shares.square().sum()) - 1 / ancestors, 0.0))
 
 
-class RareEventMethod(ABC):
+class Method:
+    """Any way to a rare event."""
+
+
+@dataclass(frozen=True)
+class GuidedSample:
+    """Latents given the event (M, T, Z, h, w), the passes through the network, and the probability if the method tells it."""
+
+    latents: Tensor
+    passes: int
+    probability: float | None = None
+    low: float | None = None
+    high: float | None = None
+    error: float | None = None
+
+
+class GuidedMethod(Method, ABC):
+    """Samples the event through the denoiser, with derivatives, rather than in the noise of a sampler."""
+
+    @abstractmethod
+    def sample(self, event: Any, members: int, batch: int, generator: torch.Generator, progress: Progress | None = None) -> GuidedSample:
+        """``event`` is a ``guidance.event.LatentEvent``."""
+
+
+class RareEventMethod(Method, ABC):
     """Estimates P(S(T(z)) > s) for z ~ N(0, I)."""
 
     @abstractmethod
