@@ -172,8 +172,8 @@ def worlds(rng: np.random.Generator, starts: int = 24, members: int = 6):
 
 def trials() -> list[Trial]:
     kinds = [("good", 0), ("poor", 0), ("good", 1), ("poor", 1)]
-    return [Trial(f, s, f"{f}-{s}", 0.01, 10.0, 0.5, 20.0, 1000) for f, s in kinds] + [
-        Trial("both", 0, "both", 0.01, 20.0, 0.5, 20.0, 2000)
+    return [Trial(f, s, f"{f}-{s}", 0.01, 500, 10.0, 0.5, 20.0, 1000) for f, s in kinds] + [
+        Trial("both", 0, "both", 0.01, 1000, 20.0, 0.5, 20.0, 2000)
     ]
 
 

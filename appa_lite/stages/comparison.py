@@ -1,5 +1,6 @@
 """The matrix of a comparison: which commands make its data, models and forecasts, and where they leave them."""
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from appa_lite.core.fields import to_seconds
 from appa_lite.core.store import open_dataset, write_dataset
 from appa_lite.data.open import parse_date
 from appa_lite.models.checkpoint import Checkpoint
+from appa_lite.nn.backbone import parameters
 from appa_lite.simulators.base import Simulator
 from appa_lite.stages.matrix import Job
 from appa_lite.stages.prior import BEGINNING, Bar, duration
@@ -171,27 +173,19 @@ class Comparison:
     # Results
 
     def trials(self, rates: dict[str, float], timing: dict[str, list[float]], seconds: float) -> list[Trial]:
-        """What was trained, and what its forecasts cost."""
+        """What was trained, and what its forecasts cost. An ensemble of models has the sums of their trainings and sizes."""
         out, draws = [], self.design.members * self.design.trajectories * self.design.starts
         kinds = [(f, s, f"{f}-{s}") for f in rates for s in range(self.cfg.seeds)] + [(n, 0, n) for n in self.ensembles]
         for family, seed, name in kinds:
-            source = self.ensembles.get(family, family)
-            model = Checkpoint.load(self.out / "models" / f"{source}-{seed}" / "model")
-            ahead = sum(timing[name][-self.design.trajectories :])
-            calls = [open_dataset(self._ahead(f"{source}-{seed}", n)).attrs.get("network_calls") for n in range(self.design.trajectories)]
-            times = self.cfg.seeds if family in self.ensembles else 1
-            size = sum(p.numel() for p in (model.emulator or model.denoiser).parameters())
+            source, models = self.ensembles.get(family, family), self.cfg.seeds if family in self.ensembles else 1
+            run = self.out / "models" / f"{source}-{seed}"
+            model = Checkpoint.load(run / "model")
+            steps = json.loads((run / "summary.json").read_text())["step"]
+            ahead = sum(timing[name][-self.design.trajectories :]) / draws
+            calls = [open_dataset(self._ahead(run.name, n)).attrs["network_calls"] for n in range(self.design.trajectories)]
+            trained = (rates[source], models * steps, models * seconds)
             out.append(
-                Trial(
-                    family,
-                    seed,
-                    name,
-                    rates[source],
-                    times * seconds,
-                    ahead / draws,
-                    None if None in calls else float(np.mean(calls)),
-                    times * size,
-                )
+                Trial(family, seed, name, *trained, ahead, float(np.mean(calls)), models * parameters(model.emulator or model.denoiser))
             )
         return out
 

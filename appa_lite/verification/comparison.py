@@ -28,19 +28,20 @@ class Trial:
     seed: int
     name: str
     learning_rate: float
+    steps_train: int
     seconds_train: float
     seconds_per_member: float
-    network_calls: float | None
+    network_calls: float
     parameters: int
 
-    def costs(self) -> dict[str, float | None]:
+    def costs(self) -> dict[str, float]:
         return {k: v for k, v in asdict(self).items() if k not in ("family", "name", "seed")}
 
 
-def mean_costs(trials: Sequence[Trial]) -> dict[str, float | None]:
+def mean_costs(trials: Sequence[Trial]) -> dict[str, float]:
     """Of the trainings of a family."""
     every = [t.costs() for t in trials]
-    return {k: None if every[0][k] is None else float(np.mean([c[k] for c in every])) for k in every[0]}
+    return {k: float(np.mean([c[k] for c in every])) for k in every[0]}
 
 
 def mean_crps(forecast: xr.Dataset, truth: xr.Dataset) -> float:
@@ -128,7 +129,14 @@ def summary(records: Sequence[Record], trials: Sequence[Trial]) -> str:
         skills = [table.get((variable, v, system, "crps_fair_skill_score")) for v in chosen]
         spreads = [table.get((variable, v, system, "spread_skill")) for v in ends]
         cells = ["-" if r is None else format_number(r["value"]) for r in (*skills, *spreads)]
-        calls = "-" if costs["network_calls"] is None else format_number(costs["network_calls"])
-        rows.append([system, *cells, calls, format_number(costs["seconds_per_member"]), f"{costs['parameters']:.0f}"])
+        rows.append(
+            [
+                system,
+                *cells,
+                format_number(costs["network_calls"]),
+                format_number(costs["seconds_per_member"]),
+                f"{costs['parameters']:.0f}",
+            ]
+        )
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return "\n".join("  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]) for row in rows)

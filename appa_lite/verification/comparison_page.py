@@ -133,12 +133,26 @@ def _costs(shown: Shown) -> Section:
     for family in shown.families:
         cost = mean_costs([t for t in shown.trials if t.family == family])
         row = shown.table.get((variable, lead, family, "crps_fair_skill_score"))
-        calls = "" if cost["network_calls"] is None else format_number(cost["network_calls"])
-        cells = [f"{cost['parameters']:.0f}", duration(cost["seconds_train"]), f"{cost['learning_rate']:g}", calls]
+        cells = [
+            f"{cost['parameters']:.0f}",
+            duration(cost["seconds_train"]),
+            f"{cost['steps_train']:.0f}",
+            f"{cost['learning_rate']:g}",
+            format_number(cost["network_calls"]),
+        ]
         lines.append([escape(words(family)), *cells, format_number(cost["seconds_per_member"]), _cell(row, False)])
         if row is not None:
             points.append(Line(words(family), [cost["seconds_per_member"]], [row["value"]], shown.colours[family], "points"))
-    header = ["", "parameters", "training", "learning rate", "network calls a member", "seconds a member", f"CRPS skill, {duration(lead)}"]
+    header = [
+        "",
+        "parameters",
+        "training",
+        "steps",
+        "learning rate",
+        "network calls a member",
+        "seconds a member",
+        f"CRPS skill, {duration(lead)}",
+    ]
     chart = (
         line_chart(points, f"{words(variable)}, {duration(lead)} ahead", "seconds a member", "CRPS skill", xkind="log") if points else ""
     )
