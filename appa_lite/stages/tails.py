@@ -49,7 +49,8 @@ def run(cfg: DictConfig) -> None:
             records += [{"prior": name, "seed": number, **row, **known} for row in rows]
             samples.setdefault(name, summary.pixels)
     records = [{key: None if isinstance(v, float) and math.isnan(v) else v for key, v in r.items()} for r in records]
-    title = f"{cfg.experiment or cfg.simulator['class'].rsplit('.', 1)[-1]}: {cfg.snapshots} snapshots, {cfg.seeds} seeds"
+    what = cfg.experiment or cfg.simulator["class"].rsplit(".", 1)[-1]
+    title = f"{what}: {cfg.snapshots} snapshots, {cfg.seeds} seed{'s' * (cfg.seeds > 1)}"
     table = tail_table(records)
     files = {
         "tails.json": json.dumps(records, indent=0).encode(),
