@@ -96,7 +96,9 @@ def score_trials(
         mine = {f: next((t for t in trials if (t.family, t.seed) == (f, number)), None) for f in dict.fromkeys(t.family for t in trials)}
         mine = {f: t or next(t for t in trials if t.family == f) for f, t in mine.items()}
         systems = {f: forecasts[t.name] for f, t in mine.items()} | common
-        tables[number] = compare_scores(systems, truth, thresholds, reference, CLIMATOLOGY, ORACLE, verification, variables, seed)
+        tables[number] = compare_scores(
+            systems, truth, thresholds, reference=reference, scorer=verification, variables=variables, seed=seed
+        )
     costs = {f: mean_costs([t for t in trials if t.family == f]) for f in dict.fromkeys(t.family for t in trials)}
     blank = dict.fromkeys(next(iter(costs.values())))
     records = [{"seed": None} | r | costs.get(str(r["system"]), blank) for r in over_seeds(tables, verification.confidence)]
