@@ -190,7 +190,7 @@ def test_the_table_and_page_of_a_comparison():
     assert found["poor", "v", "crps_fair_wins_good", 21600.0]["value"] == -1
     assert found["good", "v_mean5", "spread_skill", 21600.0]["value"] == pytest.approx(1, abs=0.2)
     single = [r["value"] for r in records if r["seed"] is not None and r["system"] == "good" and r["metric"] == "crps_fair"]
-    assert len(single) == 2 * 2 * 3 and found["good", "v", "crps_fair", 21600.0]["seeds"] == 2
+    assert len(single) == 2 * 2 * 4 and found["good", "v", "crps_fair", 21600.0]["seeds"] == 2
     page = comparison_page(
         records,
         trials(),
