@@ -439,3 +439,31 @@ def test_every_method_by_the_command(method, tmp_path, monkeypatch, capsys):
     assert ("probability" in found.attrs) == (method != "guidance") and ("does not tell" in told) == (method == "guidance")
     if "probability" in found.attrs:
         assert 0.3 < found.attrs["probability"] / 2e-2 < 3
+
+
+# A network
+
+
+@pytest.fixture(scope="module")
+def bent(checkpoint) -> Checkpoint:
+    """The same prior with a network that is not zero: its law has no closed form and is not Gaussian."""
+    denoiser = LatentDenoiser(checkpoint.spec.shape, WINDOW, width=8, depth=1, heads=1, modes=CELLS, lags=40)
+    denoiser.load_state_dict(checkpoint.denoiser.state_dict())
+    stream = generator(3, "bent")
+    with torch.no_grad():
+        denoiser.outputs.weight.copy_(0.3 * torch.randn(denoiser.outputs.weight.shape, generator=stream))
+        denoiser.outputs.bias.fill_(0.1)
+    return Checkpoint(checkpoint.spec, checkpoint.normalizer, checkpoint.autoencoder, denoiser.eval().requires_grad_(False), {})
+
+
+@pytest.mark.slow
+def test_methods_agree_with_brute_force_on_a_network(bent):
+    law = ModelLaw(model(bent), TIMES)
+    event = Event("area_mean(u, box(0, 3)) > 0", law.spec)
+    response = law.response(event, 1000)
+    values = response(response.noise(30000, generator(0, "brute"))).sort(descending=True).values
+    for p in (1e-2, 1e-3):
+        level, noise = float(values[int(p * len(values))]), 1 / math.sqrt(p * len(values))
+        for method in (SubsetSimulation(1000, moves=0), AdaptiveMultilevelSplitting(300, moves=0)):
+            found = method.estimate(law.response(event, 1000), level, 1, generator(1, "network"))
+            assert abs(math.log(found.probability / p)) < 3 * math.hypot(found.error, noise), (p, type(method).__name__)

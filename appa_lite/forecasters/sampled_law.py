@@ -215,7 +215,7 @@ class ModelLaw(SampledLaw):
 
     def fields(self, noise: Tensor) -> Tensor:
         self.model.rows = noise[:, self.extra :]
-        return self._draw(noise[:, : self.extra])
+        return self._draw(noise[:, : self.extra]).cpu()
 
     def _draw(self, choice: Tensor) -> Tensor:
         members = range(len(choice))
@@ -237,11 +237,11 @@ class ModelLaw(SampledLaw):
             raise UserError("guidance towards an event is for free runs: given observations or an initial state, use method=subset")
         prior = self.model.prior(self.times)
         functional = lambda z: event.functional(self.decoded(z))  # noqa: E731
-        return LatentEvent(prior.denoiser(), functional, threshold, ModeCovariance(prior), prior.shape, self.dtype)
+        return LatentEvent(prior.denoiser(), functional, threshold, ModeCovariance(prior), prior.shape, self.dtype, prior.model.mean.device)
 
     def decoded(self, latents: Tensor) -> Tensor:
         prior = self.model.prior(self.times)
-        return torch.cat([prior.period.cut(prior.decode(z[None])) for z in latents])
+        return torch.cat([prior.period.cut(prior.decode(z[None])) for z in latents]).cpu()
 
     def tail(self, event: Event) -> Tail:
         """Of a functional that weighs all modes of the climatology alike."""

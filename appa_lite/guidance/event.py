@@ -33,6 +33,7 @@ class LatentEvent:
     covariance: PosteriorCovariance
     shape: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device | str = "cpu"
 
 
 class EventDenoiser(GuidedDenoiser):
@@ -55,7 +56,7 @@ class EventDenoiser(GuidedDenoiser):
             slope = torch.autograd.grad(value.sum(), point)[0] if value.requires_grad else None
         if slope is None or not bool(slope.any()):
             raise UserError("the event's functional has no slope that could guide (a fraction or duration): use method=subset")
-        value = value.detach().double()
+        value = value.detach().to(x.device).double()
         components = event.covariance.project(slope)
         spread = (components * event.covariance.apply(components, sigma)).flatten(1).sum(1).double().clamp(min=1e-24).sqrt()
         place = (value - event.threshold) / spread
@@ -141,4 +142,5 @@ class _Weighed(TwistedSMC):
 
 
 def draw(event: LatentEvent, rows: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(rows, *event.shape, generator=generator, dtype=event.dtype)
+    """White noise of so many members."""
+    return torch.randn(rows, *event.shape, generator=generator, dtype=event.dtype).to(event.device)

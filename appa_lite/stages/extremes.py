@@ -42,8 +42,10 @@ def run(cfg: DictConfig) -> None:
     facts = judge_sampler(cfg, law, event)
     method, bar = build(cfg.method, Method), Bar()
     drawn = guided if isinstance(method, GuidedMethod) else estimated
-    fields, found = drawn(cfg, law, event, threshold, method, bar)
-    bar.close()
+    try:
+        fields, found = drawn(cfg, law, event, threshold, method, bar)
+    finally:
+        bar.close()
     facts |= found
     dataset = packed(cfg, law, times, fields)
     values = event.functional(fields).double().numpy() if len(fields) else np.zeros(0)
