@@ -42,7 +42,7 @@ class Innovations:
         prior = Prior(checkpoint, period, 0, 1)
         self.covariance = ModeCovariance(prior, prior_only=True)
         self.rows, self.tolerance, self.max_iterations = rows, tolerance, max_iterations
-        latent = prior.observe(later(observation, period.before))
+        latent = prior.observe_once(later(observation, period.before))
         mean = checkpoint.denoiser.mean.expand(1, prior.shape[0], -1).unflatten(2, prior.shape[1:])
         self.linear = latent.operator.linearise(mean)
         self.values = latent.values - latent.operator.predict(mean)[0]  #: d (M,)

@@ -46,7 +46,7 @@ class OptimalInterpolation(Assimilator):
         )
         if observation is None:
             return self._decode(prior, draws, covariance)
-        latent = prior.observe(later(observation, period.before))
+        latent = prior.observe_once(later(observation, period.before))
         mean = torch.zeros_like(draws[:1])
         for i in range(self.iterations):
             mean = self._update(latent, covariance, mean, latent.values[None])

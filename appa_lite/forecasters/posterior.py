@@ -111,6 +111,17 @@ class Prior:
             operator = ScoredCells(operator, continued, margins, self.checkpoint.spec.grid.shape)
         return LatentObservation(operator, observation.values, observation.variance)
 
+    def observe_once(self, observation: Observation) -> LatentObservation:
+        """``observe`` for methods that linearise: likelihoods of Gaussianised variables are matched at the climatology, once."""
+        latent = self.observe(observation)
+        if not isinstance(latent.operator, ScoredCells):
+            return latent
+        mean = self.model.mean.reshape(1, 1, *self.shape[1:]).expand(1, *self.shape)
+        predicted, covariance = latent.operator.predict(mean), ModeCovariance(self, prior_only=True)
+        linear, sigma = latent.operator.linearise(mean), torch.ones(())
+        innovation, variance = latent.operator.sites(predicted, linear, covariance, sigma, latent.values, latent.variance)
+        return LatentObservation(latent.operator, (predicted + innovation)[0], variance[0])
+
 
 class ModeCovariance:
     """The measured covariance of z - D(z_t) in the modes; ``prior_only`` gives the climatological one at any sigma."""
