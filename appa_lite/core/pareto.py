@@ -3,11 +3,12 @@
 import math
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
-from torch import Tensor
 
-LOWEST, HIGHEST = -0.5, 2.0  # shapes within which the fit looks: below, likelihoods have no regular maximum
+LOWEST_SHAPE, HIGHEST_SHAPE = -0.5, 2.0  #: maximum likelihood is irregular below; above, nothing physical
+IMPOSSIBLE = 1e15  #: minus the log-likelihood where it has no maximum: finite, for minimisers
 
 
 @dataclass(frozen=True)
@@ -24,36 +25,41 @@ class Pareto:
         return max(1 + self.shape, 1.0) / math.sqrt(self.count)
 
 
-def fit_pareto(excess: Tensor) -> Pareto:
+def fit_pareto(excess: ArrayLike) -> Pareto:
     """Maximum likelihood for exceedances (n,), all positive.
-
-    In the ratio theta = shape / scale the shape that maximises the likelihood is mean(log(1 + theta x)), which leaves one
-    number to search for (Grimshaw 1993):  log L / n = -log(shape / theta) - shape - 1.
 
     Raises:
         ValueError: fewer than ten exceedances, or one that is not positive.
     """
-    x = excess.detach().double().flatten()
-    if len(x) < 10 or not bool((x > 0).all()):
+    x = np.asarray(excess, dtype=np.float64).ravel()
+    if len(x) < 10 or not (x > 0).all():
         raise ValueError(f"a tail is fitted to at least ten positive exceedances, found {int((x > 0).sum())}")
-    mean, largest = float(x.mean()), float(x.max())
-    x = x / mean  # so that numbers are of order one whatever the units
+    scale, shape = maximum_likelihood(x)
+    return Pareto(shape, scale, len(x))
 
-    def shape_of(theta: float) -> float:
-        return float(torch.log1p(theta * x).mean())
 
-    def cost(theta: float) -> float:
-        if abs(theta) < 1e-8:  # the exponential law, with scale one
-            return 1.0
-        shape = shape_of(theta)
-        return math.log(shape / theta) + shape + 1 if LOWEST < shape < HIGHEST else 1e6
+def maximum_likelihood(excesses: np.ndarray) -> tuple[float, float]:
+    """(scale, shape), by the profile in theta = shape / scale: shape = mean log(1 + theta y) (Grimshaw 1993).
 
-    edge = -mean / largest  # 1 + theta x must stay positive
-    # in u = log(theta - edge) the cost has one minimum for the sizes of samples that tails are fitted to; a grid finds it
-    grid = [edge + math.exp(u) for u in torch.linspace(math.log(-edge * 1e-6), math.log(10 - edge), 60).tolist()]
-    best = min(range(len(grid)), key=lambda i: cost(grid[i]))
-    bounds = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    theta = float(minimize_scalar(cost, bounds=bounds, method="bounded", options={"xatol": 1e-9}).x)
-    shape = shape_of(theta)
-    scale = 1.0 if abs(theta) < 1e-8 else shape / theta
-    return Pareto(shape, scale * mean, len(x))
+        log L / n = -log(shape / theta) - shape - 1
+
+    theta = (e^s - 1) / max(y) is searched over s, where the support is respected; the best of a grid is refined.
+    """
+    largest, mean = float(excesses.max()), float(excesses.mean())
+
+    def loss(s: float) -> float:
+        theta = np.expm1(s) / largest
+        if abs(theta * mean) < 1e-7:  # the exponential law
+            return np.log(mean) + 1
+        shape = np.log1p(theta * excesses).mean()
+        return np.log(shape / theta) + shape + 1 if LOWEST_SHAPE <= shape <= HIGHEST_SHAPE else IMPOSSIBLE
+
+    grid = np.linspace(-6.0, np.log1p(20 * largest / mean), 64)
+    losses = [loss(s) for s in grid]
+    k = int(np.argmin(losses))
+    s = minimize_scalar(loss, bounds=(grid[max(k - 1, 0)], grid[min(k + 1, 63)]), method="bounded", options={"xatol": 1e-9}).x
+    theta = np.expm1(s) / largest
+    if abs(theta * mean) < 1e-7:
+        return mean, 0.0
+    shape = float(np.log1p(theta * excesses).mean())
+    return shape / float(theta), shape

@@ -13,10 +13,9 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import chi2, norm
 
 from appa_lite.core.errors import UserError
+from appa_lite.core.pareto import HIGHEST_SHAPE, IMPOSSIBLE, LOWEST_SHAPE, maximum_likelihood
 
 FEWEST_EXCEEDANCES = 30  #: below which no tail is fitted
-LOWEST_SHAPE, HIGHEST_SHAPE = -0.5, 2.0  #: maximum likelihood is irregular below; above, nothing physical
-IMPOSSIBLE = 1e15  #: minus the log-likelihood outside the support: finite, for minimisers
 BLOCKS = 60  #: of time, between which events are taken for independent
 WIDE = 2.0  #: an interval wider than so many times its level says that nothing is known
 
@@ -165,7 +164,7 @@ def fit_pareto(excesses: np.ndarray, method: str, threshold: float, rate: float,
             f"{len(excesses)} exceedances of {threshold:.4g} say too little of a tail: expected {FEWEST_EXCEEDANCES} or more, "
             "so lower the threshold or give a longer series"
         )
-    scale, shape = (_fit_ml if method == "ml" else _fit_pwm)(excesses)
+    scale, shape = (maximum_likelihood if method == "ml" else _fit_pwm)(excesses)
     tail = ParetoTail(threshold, float(scale), float(shape), np.zeros((3, 3)), rate, size, method, excesses)
     return replace(tail, covariance=_independent(tail))
 
@@ -176,31 +175,6 @@ def _independent(tail: ParetoTail) -> np.ndarray:
     out = np.zeros((3, 3))
     out[0, 0], out[1:, 1:] = tail.rate * (1 - tail.rate) / tail.size, one / tail.exceedances
     return out
-
-
-def _fit_ml(excesses: np.ndarray) -> tuple[float, float]:
-    """Maximum likelihood by its profile in theta = xi / sigma: xi = mean log(1 + theta y) (Grimshaw 1993).
-
-    theta = (e^s - 1) / max(y) is searched over s, where the support is respected; the best of a grid is refined.
-    """
-    largest, mean = excesses.max(), excesses.mean()
-
-    def loss(s: float) -> float:
-        theta = np.expm1(s) / largest
-        if abs(theta * mean) < 1e-7:
-            return np.log(mean) + 1
-        shape = np.log1p(theta * excesses).mean()
-        return np.log(shape / theta) + shape + 1 if LOWEST_SHAPE <= shape <= HIGHEST_SHAPE else IMPOSSIBLE
-
-    grid = np.linspace(-6.0, np.log1p(20 * largest / mean), 64)
-    losses = [loss(s) for s in grid]
-    k = int(np.argmin(losses))
-    s = minimize_scalar(loss, bounds=(grid[max(k - 1, 0)], grid[min(k + 1, 63)]), method="bounded", options={"xatol": 1e-9}).x
-    theta = np.expm1(s) / largest
-    if abs(theta * mean) < 1e-7:
-        return mean, 0.0
-    shape = np.log1p(theta * excesses).mean()
-    return shape / theta, shape
 
 
 def _fit_pwm(excesses: np.ndarray) -> tuple[float, float]:

@@ -23,7 +23,7 @@ class DLPM(SteppedSampler):
     x - D.) With A_t = 1 this is ancestral sampling, DDPM.
 
     D is not told the A_t. Where one of them is large, the step back replaces z by its mean, and however many steps there
-    are, the spread of z given x is lost: on stable data with the exact denoiser quantiles are 5 to 10 % short in the body
+    are, the spread of z given x is lost: on stable data with the exact denoiser quantiles are 7 to 13 % short in the body
     and 20 to 30 % in the tail (``tests/test_heavy_tails.py``).
 
     Args:
