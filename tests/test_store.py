@@ -11,7 +11,7 @@ import xarray as xr
 
 from appa_lite.core import store
 from appa_lite.core.errors import UserError
-from appa_lite.core.store import AtomicZarrWriter, atomic, chunking, digest, open_dataset, provenance, write_dataset
+from appa_lite.core.store import atomic, chunking, digest, open_dataset, provenance, write_dataset
 
 ENDINGS = (".zarr", ".nc")
 
@@ -81,26 +81,11 @@ def test_many_chunks_are_sharded(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize("pieces", [1, 3, 8])
-def test_pieces_make_the_whole(tmp_path, plane, ending, pieces, monkeypatch):
-    monkeypatch.setattr(store, "SHARD", 3000)
-    monkeypatch.setattr(store, "CHUNK", 500)
-    with AtomicZarrWriter(tmp_path / f"a{ending}", {"seed": 1}) as writer:
-        for part in np.array_split(np.arange(8), pieces):
-            writer.append(plane.isel(time=part))
-        assert not (tmp_path / f"a{ending}").exists()
-    again = open_dataset(tmp_path / f"a{ending}")
-    xr.testing.assert_identical(again.drop_attrs(), plane.drop_attrs())
-    assert again.attrs["seed"] == 1 and again["t2m"].attrs["units"] == "K"
-    assert not leftovers(tmp_path)
-
-
-@pytest.mark.parametrize("ending", ENDINGS)
 def test_an_interrupt_leaves_the_old_file_or_none(tmp_path, plane, ending):
     path = tmp_path / f"a{ending}"
     for old in (None, plane):
-        with pytest.raises(KeyboardInterrupt), AtomicZarrWriter(path) as writer:
-            writer.append(2 * plane)
+        with pytest.raises(KeyboardInterrupt), atomic(path) as partial:
+            store._write(2 * plane, partial)
             raise KeyboardInterrupt
         assert path.exists() == (old is not None)
         assert not leftovers(tmp_path)
@@ -119,8 +104,6 @@ def test_a_full_disk_is_one_line_and_no_file(tmp_path, plane, ending, monkeypatc
     monkeypatch.setattr(xr.Dataset, "to_netcdf", full)
     with pytest.raises(UserError, match="no space left"):
         write_dataset(plane, tmp_path / f"a{ending}")
-    with pytest.raises(UserError, match="no space left"), AtomicZarrWriter(tmp_path / f"a{ending}") as writer:
-        writer.append(plane)
     assert not list(tmp_path.iterdir())
 
 

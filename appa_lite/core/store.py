@@ -114,86 +114,6 @@ def check_target(path: str | os.PathLike) -> None:
         raise UserError(f"cannot write {path}: expected a name that ends in .zarr or .nc")
 
 
-class AtomicZarrWriter:
-    """Writes a dataset piece by piece along one dimension, in bounded memory; it appears under its name when all is well.
-
-        with AtomicZarrWriter("truth.zarr", attrs) as writer:
-            for piece in pieces:
-                writer.append(piece)
-
-    Pieces are gathered into blocks of whole shards. A target that ends in ``.nc`` is converted at the end.
-
-    Args:
-        path: ``.zarr`` or ``.nc``.
-        attrs: attributes of the dataset, added to those of the first piece.
-        dim: the dimension that grows.
-    """
-
-    def __init__(self, path: str | os.PathLike, attrs: Mapping[str, Any] | None = None, dim: str = "time"):
-        check_target(path)
-        self.path, self.attrs, self.dim = Path(path), dict(attrs or {}), dim
-        self._atomic = atomic(self.path)
-        self._pending: list[xr.Dataset] = []
-        self._block = 0
-        self._started = False
-
-    def __enter__(self) -> "AtomicZarrWriter":
-        self._partial = self._atomic.__enter__()
-        self._store = self._partial.with_suffix(".zarr")
-        return self
-
-    def append(self, piece: xr.Dataset) -> None:
-        """The next part of the dataset along ``dim``."""
-        if not self._block:
-            self._block = _power_of_two(SHARD * piece.sizes[self.dim] // max(piece.nbytes, 1))
-        self._pending.append(piece)
-        if sum(p.sizes[self.dim] for p in self._pending) >= self._block:
-            whole = self._gather()
-            full = whole.sizes[self.dim] // self._block * self._block
-            for start in range(0, full, self._block):
-                self._flush(whole.isel({self.dim: slice(start, start + self._block)}))
-            rest = whole.isel({self.dim: slice(full, None)})
-            self._pending = [rest] if rest.sizes[self.dim] else []
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        try:
-            if kind is None:
-                if self._pending:
-                    self._flush(self._gather())
-                if not self._started:
-                    raise ValueError("nothing was appended")
-                self._finish()
-        except BaseException as late:
-            _remove(self._store)
-            if not self._atomic.__exit__(type(late), late, late.__traceback__):
-                raise
-        else:
-            if kind is not None:
-                _remove(self._store)
-            self._atomic.__exit__(kind, error, trace)
-
-    def _gather(self) -> xr.Dataset:
-        if len(self._pending) == 1:
-            return self._pending[0]
-        return xr.concat(self._pending, self.dim, data_vars="minimal", coords="minimal", compat="override", join="override")
-
-    def _flush(self, block: xr.Dataset) -> None:
-        block = _prepare(block, self.attrs)
-        if self._started:
-            block = block.drop_vars([name for name, v in block.variables.items() if self.dim not in v.dims])
-            block.drop_encoding().to_zarr(self._store, append_dim=self.dim, consolidated=False)
-        else:
-            block.to_zarr(self._store, mode="w", zarr_format=3, encoding=_encoding(block, True, growing=self.dim), consolidated=False)
-            self._started = True
-
-    def _finish(self) -> None:
-        _consolidate(self._store)
-        if self.path.suffix == ".nc":
-            with xr.open_dataset(self._store, engine="zarr", chunks={}, decode_timedelta=True) as whole:
-                _write(_prepare(whole, {}), self._partial)
-            _remove(self._store)
-
-
 def _prepare(dataset: xr.Dataset, attrs: Mapping[str, Any]) -> xr.Dataset:
     dataset = dataset.drop_encoding()
     merged = {**dataset.attrs, **attrs, "Conventions": "CF-1.11"}
@@ -223,7 +143,7 @@ def _consolidate(path: Path) -> None:
         zarr.consolidate_metadata(path)
 
 
-def _encoding(dataset: xr.Dataset, zarr: bool, growing: str | None = None) -> dict[Hashable, dict]:
+def _encoding(dataset: xr.Dataset, zarr: bool) -> dict[Hashable, dict]:
     encoding: dict[Hashable, dict] = {}
     for name, variable in dataset.variables.items():
         entry: dict[str, Any] = {}
@@ -236,8 +156,7 @@ def _encoding(dataset: xr.Dataset, zarr: bool, growing: str | None = None) -> di
         if variable.ndim and variable.size:
             plain = variable.dtype.kind in "fiub"
             if zarr:
-                shape = (max(variable.size, 1024),) if variable.dims == (growing,) else variable.shape
-                chunks, shards = chunking(variable.dims, shape, variable.dtype.itemsize, growing)
+                chunks, shards = chunking(variable.dims, variable.shape, variable.dtype.itemsize)
                 entry |= {"chunks": chunks} | ({"shards": shards} if shards else {})
             elif plain and name in dataset.data_vars:
                 chunks, _ = chunking(variable.dims, variable.shape, variable.dtype.itemsize)
@@ -246,33 +165,23 @@ def _encoding(dataset: xr.Dataset, zarr: bool, growing: str | None = None) -> di
     return encoding
 
 
-def chunking(
-    dims: Iterable[Hashable], shape: tuple[int, ...], itemsize: int, growing: str | None = None
-) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Chunks of about a MiB, whole in space first and then in time, and shards of about 64 MiB if the chunks are many.
-
-    Along a ``growing`` dimension they are powers of two, so that blocks of them fit together.
-    """
+def chunking(dims: Iterable[Hashable], shape: tuple[int, ...], itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Chunks of about a MiB, whole in space first and then in time, and shards of about 64 MiB if the chunks are many."""
     dims = tuple(dims)
     order = sorted(range(len(dims)), key=lambda i: INNER_FIRST.index(dims[i]) if dims[i] in INNER_FIRST else len(INNER_FIRST))
     chunks, room = [1] * len(dims), CHUNK // itemsize
     for i in order:
-        chunks[i] = max(1, min(shape[i], room)) if dims[i] != growing else _power_of_two(min(shape[i], room))
+        chunks[i] = max(1, min(shape[i], room))
         room //= chunks[i]
     counts = [-(-n // c) for n, c in zip(shape, chunks, strict=True)]
     if np.prod(counts) <= FEW_CHUNKS:
         return tuple(chunks), None
     shards, room = list(chunks), SHARD // (itemsize * int(np.prod(chunks)))
     for i in order:
-        times = max(1, min(counts[i], room)) if dims[i] != growing else _power_of_two(min(counts[i], room))
+        times = max(1, min(counts[i], room))
         shards[i] *= times
         room //= times
     return tuple(chunks), tuple(shards)
-
-
-def _power_of_two(n: int) -> int:
-    """The largest power of two that is not above ``n``, at least 1."""
-    return 1 << max(n.bit_length() - 1, 0)
 
 
 def _is_store(path: Path) -> bool:

@@ -122,19 +122,20 @@ def effective_members(analysis: xr.Dataset) -> float:
     Oczkowski et al. 2005). At most N; N when members differ in as many directions as they can; two when all lie on a line.
     Small values mean copies, or a posterior that is itself uncertain in few directions.
     """
-    gram = 0.0
-    for array in analysis.data_vars.values():
-        if not {"time", NUMBER} <= set(array.dims):
-            continue
-        x = array.transpose("time", NUMBER, ...).values.reshape(*(array.sizes[d] for d in ("time", NUMBER)), -1).astype(np.float64)
-        x = np.nan_to_num(x)
-        scale = (x**2).sum((1, 2), keepdims=True)
-        x = x - x.mean(1, keepdims=True)
-        total = (x**2).sum((1, 2), keepdims=True)
-        differ = total > 1e-20 * scale  # not rounding
-        gram = gram + np.where(differ, np.einsum("tnc,tmc->tnm", x, x), 0.0) / np.where(differ, total, 1.0)
-    trace, square = np.einsum("tnn->t", gram), (gram**2).sum((1, 2))
-    return float((1 + np.divide(trace**2, square, out=np.zeros_like(trace), where=square > 0)).mean())
+    arrays = [a.transpose("time", NUMBER, ...) for a in analysis.data_vars.values() if {"time", NUMBER} <= set(a.dims)]
+    found = []
+    for t in range(analysis.sizes["time"]):  # one frame in memory at a time
+        gram = np.zeros((analysis.sizes[NUMBER],) * 2)
+        for array in arrays:
+            x = np.nan_to_num(array.isel(time=t).values.reshape(len(gram), -1).astype(np.float64))
+            scale = (x**2).sum()
+            x = x - x.mean(0)
+            total = (x**2).sum()
+            if total > 1e-20 * scale:  # not rounding
+                gram += x @ x.T / total
+        square = (gram**2).sum()
+        found.append(1 + (np.trace(gram) ** 2 / square if square > 0 else 0.0))
+    return float(np.mean(found))
 
 
 def summary(records: Sequence[Mapping], effective: float, members: int) -> str:
