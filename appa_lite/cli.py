@@ -22,7 +22,7 @@ COMMANDS = {
         "checkpoint=checkpoints/lorenz96 observations=runs/obs.parquet out=runs/obs_estimated.parquet",
     ),
     "train": (
-        "train an autoencoder, then a denoiser on its latents",
+        "train an autoencoder, a denoiser on its latents, or a forecast model",
         "experiment=lorenz96 trainable=autoencoder data=runs/train.zarr run=runs/autoencoder",
     ),
     "reanalysis": (
