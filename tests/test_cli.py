@@ -1,5 +1,6 @@
 """The command line as a user meets it: in a process of its own, in another directory."""
 
+import shlex
 import subprocess
 import sys
 import time
@@ -49,7 +50,7 @@ def test_examples_compose():
     from appa_lite.config import compose
 
     for command, (_, example) in cli.COMMANDS.items():
-        words = [word for word in example.split() if not word.startswith("trainable=")]
+        words = [word for word in shlex.split(example) if not word.startswith("trainable=")]
         compose(command, words, partial=True)
 
 
