@@ -46,7 +46,7 @@ HELPERS = {
         "zero",
     },
     "forecasters": {"designs", "ensemble", "initial", "laboratory", "latent_diffusion", "localisation", "posterior", "rollout"},
-    "stages": {"assimilation", "comparison", "device", "heavy_tails", "matrix", "parallel", "prior", "twin"},
+    "stages": {"assimilation", "comparison", "device", "event_laws", "heavy_tails", "matrix", "parallel", "prior", "rare_events", "twin"},
 }
 #: modules whose trade is to know the leaves: they read what is saved or tabulated and find its class, or chain commands
 ASSEMBLERS = {"observations": {"build"}, "models": {"checkpoint"}, "stages": {"quickstart", "tune"}}

@@ -22,7 +22,7 @@ from appa_lite.diffusion.rare_events.splitting import AdaptiveMultilevelSplittin
 from appa_lite.diffusion.rare_events.subset import SubsetSimulation
 from appa_lite.diffusion.sampler_law import NORMAL, evaluations, gains, tail
 from appa_lite.diffusion.samplers import DDIM, DPMSolverPP2M, ExponentialAdamsBashforth, Heun
-from appa_lite.forecasters.sampled_law import GaussianLaw, ModelLaw, NoiseDriven
+from appa_lite.forecasters.sampled_law import GaussianEvent, GaussianLaw, ModelLaw, NoiseDriven
 from appa_lite.guidance.event import EventDenoiser, EventGuidance, TwistedParticles
 from appa_lite.guidance.moment_matching import MomentMatching
 from appa_lite.models.checkpoint import Checkpoint
@@ -242,6 +242,17 @@ def test_an_event_looks_at_its_frames_alone():
     torch.testing.assert_close(event.functional(FIELDS), RAIN[:, 2:4].mean((2, 3)).amax(1))
 
 
+def test_the_scene_of_an_event_is_its_worst_frame_or_its_mean():
+    rows = torch.arange(4)
+    worst = Event("area_mean(rain) > 1", SPEC)
+    torch.testing.assert_close(worst.scene(FIELDS), RAIN[rows, RAIN.mean((2, 3)).argmax(1)])
+    lowest = Event("min(t2m) - max(rain) < 0", SPEC, frames=slice(1, 4))
+    series = T2M.amin((2, 3)) - RAIN.amax((2, 3))
+    torch.testing.assert_close(lowest.scene(FIELDS), T2M[rows, 1 + series[:, 1:4].argmin(1)])
+    torch.testing.assert_close(Event("time_mean(max(rain)) > 1", SPEC, frames=slice(2, 5)).scene(FIELDS), RAIN[:, 2:5].mean(1))
+    assert (worst.variable, lowest.variable) == ("rain", "t2m")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -274,6 +285,17 @@ def test_mistakes_in_events(text, message):
 
 # The command
 
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_density_given_an_event_is_the_exact_one():
+    exact = GaussianEvent(0.3, 1.2, 1.5, torch.zeros(1))
+    s = torch.linspace(2.0, 15.0, 20001, dtype=torch.float64)
+    density, (mean, std) = exact.density(s, 2.0), exact.given(2.0)
+    assert float(torch.trapezoid(density, s)) == pytest.approx(1, abs=1e-6) and float(exact.density(s[:1] - 0.1, 2.0)) == 0
+    assert float(torch.trapezoid(density * s, s)) == pytest.approx(mean, abs=1e-6)
+    assert float(torch.trapezoid(density * (s - mean) ** 2, s).sqrt()) == pytest.approx(std, abs=1e-5)
+
 
 def test_the_command_on_a_gaussian_process(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -285,7 +307,8 @@ def test_the_command_on_a_gaussian_process(tmp_path, monkeypatch, capsys):
         "probability=1e-3",
         "members=30",
     ]
-    assert cli.main([*common, "out=e.nc", "method.samples=500", "replicates=3", "batch=500"]) == 0
+    assert cli.main([*common, "out=e.nc", "picture=e.png", "method.samples=500", "replicates=3", "batch=500"]) == 0
+    assert (tmp_path / "e.png").read_bytes().startswith(PNG)
     told = capsys.readouterr().out
     assert "of this model's law" in told and "exact: " in told
     with xr.open_dataset(tmp_path / "e.nc", engine="h5netcdf") as found:
@@ -360,10 +383,13 @@ def test_the_command_on_a_model(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     checkpoint.save(tmp_path / "model")
     small = ["extremes", "checkpoint=model", "size=debug", "members=6", "method.samples=60", "batch=128", "sampler.steps=12"]
-    assert cli.main([*small, "event=max(u, west) > 2.5", "boxes.west=[0,3]", "frames=3", "out=free.zarr"]) == 0
+    assert cli.main([*small, "event=max(u, west) > 2.5", "boxes.west=[0,3]", "frames=3", "out=free.zarr", "picture=ring.png"]) == 0
+    assert (tmp_path / "ring.png").read_bytes().startswith(PNG)
     assert cli.main([*small, "event=last(at(u, 3)) > 1.5", "initial=free.zarr", "lead=2h", "out=ahead.nc"]) == 0
     assert cli.main([*small, "event=min(u) < -9", "method=brute_force", "frames=2", "out=none.nc"]) == 0
-    assert "0 of 0 members" in capsys.readouterr().out
+    assert cli.main([*small, "event=min(u) < -9", "method=brute_force", "frames=2", "out=none.nc", "picture=none.png"]) == 2
+    said = capsys.readouterr()
+    assert "0 of 0 members" in said.out and "there is no picture" in said.err
     with xr.open_dataset("ahead.nc", engine="h5netcdf") as found:
         assert found["u"].dims == ("time", "prediction_timedelta", "number", "x") and found.sizes["prediction_timedelta"] == 3
         assert float(found["u"].isel(prediction_timedelta=-1, x=3).min()) > 1.5
@@ -374,6 +400,7 @@ def test_the_command_on_a_model(checkpoint, tmp_path, monkeypatch, capsys):
     for wrong, message in (
         (["event=max(v) > 1"], "unknown variable 'v'"),
         (["event=max(u)"], "expected a threshold"),
+        (["event=max(u) > 1", "picture=ring.gif"], "ends in .png"),
         (["event=max(u) > 1", "initial=free.zarr"], "needs lead"),
         (["event=max(u) > 1", *given[:1], "method=instanton"], "derivative"),
         (["event=max(u) > 99", "method.max_levels=1"], "out of reach"),

@@ -94,6 +94,11 @@ class GaussianEvent:
         ratio = math.exp(-(b**2) / 2) / math.sqrt(2 * math.pi) / self.probability(threshold, sampler=True)
         return self.mean + self.sampler_std * ratio, self.sampler_std * math.sqrt(1 + b * ratio - ratio**2)
 
+    def density(self, values: Tensor, threshold: float) -> Tensor:
+        """p(S | S > s) of the sampler's law at values (n,)."""
+        inside = NORMAL.log_prob((values - self.mean) / self.sampler_std).exp() / self.sampler_std
+        return inside / self.probability(threshold, sampler=True) * (values >= threshold)
+
 
 class GaussianLaw(SampledLaw):
     """A Gaussian process whose exact denoiser is sampled: T is linear, diagonal in the eigenvectors of the covariance.

@@ -94,6 +94,22 @@ class Event:
         several = self.frames.stop is None or self.frames.stop - (self.frames.start or 0) > 1
         return " at some time of the period" if self.kind == "series" and several else ""
 
+    @property
+    def variable(self) -> str:
+        """The variable that the text names first."""
+        names = [entry.name for entry in (*self.spec.variables, *self.spec.derived)]
+        places = [node for node in ast.walk(ast.parse(self.expression)) if isinstance(node, ast.Name) and node.id in names]
+        return min(places, key=lambda node: (node.lineno, node.col_offset)).id
+
+    def scene(self, fields: Tensor) -> Tensor:
+        """That variable (B, H, W) at the frame where the series is furthest out, or its mean over the frames of the event."""
+        inside = fields[:, self.frames]
+        value = self.spec.evaluate(inside, self.variable)
+        if self.kind != "series":
+            return value.mean(1)
+        found = self._compute(inside).expand(inside.shape[:2])
+        return value[torch.arange(len(value)), (found if self.above else -found).argmax(1)]
+
     # Compilation
 
     def _sides(self, tree: ast.Compare) -> tuple[ast.expr, ast.expr, bool]:
