@@ -372,6 +372,18 @@ def test_a_model_is_a_map_from_noise_whatever_it_is_given(checkpoint, case):
     assert law.differentiable == (case == "free") and abs(law.tail(event).ratio - 1) < 0.02
 
 
+def test_a_snapshot_of_a_model_of_snapshots_is_sampled_without_margins(checkpoint):
+    denoiser = LatentDenoiser(checkpoint.spec.shape, 1, width=8, depth=1, heads=1, modes=CELLS, lags=1)
+    denoiser.covariance.basis.copy_(torch.eye(CELLS))
+    denoiser.covariance.autocovariance.fill_(4.0)
+    denoiser.covariance.remainder.zero_()
+    one = Checkpoint(checkpoint.spec, checkpoint.normalizer, checkpoint.autoencoder, denoiser.eval().requires_grad_(False), {})
+    law, longer = ModelLaw(model(one), TIMES[:1]), ModelLaw(model(one), TIMES[:2])
+    assert law.dimension == CELLS and longer.dimension >= 4 * CELLS
+    z = torch.randn(5, longer.dimension, generator=generator(0, "snapshot"))
+    torch.testing.assert_close(longer.fields(z)[:, :1], law.fields(z[:, CELLS : 2 * CELLS]), rtol=1e-4, atol=1e-4)
+
+
 def test_the_instanton_of_a_model(checkpoint):
     law, text, mean, std = law_of(checkpoint, "free")
     event = Event(f"{text} > {mean + std * quantile(1e-5)}", law.spec)
