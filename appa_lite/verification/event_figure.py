@@ -32,7 +32,7 @@ def event_figure(
     figure.set_layout_engine("constrained")
     axes = figure.subplot_mosaic(LAYOUT, width_ratios=[1.5, 1, 1, 1.6])
     _histogram(axes["histogram"], values, threshold, label, density)
-    low, high = float(fields.min()), float(fields.max())
+    low, high = float(fields[:MEMBERS].min()), float(fields[:MEMBERS].max())
     shown = [axes[f"member {number}"] for number in range(MEMBERS)]
     for number, axis in enumerate(shown):
         if number < len(fields):
