@@ -1,7 +1,5 @@
 """``plan``: memory, time, traffic and cost of a training, before any of it is paid."""
 
-import csv
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,7 +26,7 @@ from appa_lite.training.autoencoder import AutoencoderRecipe, AutoencoderTrainin
 from appa_lite.training.base import fitting
 from appa_lite.training.denoiser import DenoiserRecipe, DenoiserTraining
 from appa_lite.training.schedule import TrainingConfig
-from appa_lite.verification.tables import check_table_path
+from appa_lite.verification.tables import check_table_path, dumps
 
 HOST = 1e12  #: bytes of memory of a large node
 Rows = dict[str, tuple[float | str, str]]  #: quantity -> value, unit
@@ -45,7 +43,7 @@ def run(cfg: DictConfig) -> None:
     if cfg.out is not None:
         records = [{"quantity": q, "value": value, "unit": unit} for q, (value, unit) in rows.items()]
         with atomic(cfg.out) as partial_path:
-            partial_path.write_text(_dumps(records, Path(cfg.out).suffix))
+            partial_path.write_text(dumps(records, Path(cfg.out).suffix))
 
 
 def planned(cfg: DictConfig) -> Rows:
@@ -264,13 +262,3 @@ def _reanalysis(cfg: DictConfig, recipe: DenoiserRecipe, encoder: Autoencoder, d
         "reanalysis.flops": (operations, "FLOP per member"),
         "reanalysis.seconds": (operations / speed, "s per member"),
     }
-
-
-def _dumps(records: list[dict], suffix: str) -> str:
-    if suffix == ".json":
-        return "[\n" + ",\n".join(json.dumps(r) for r in records) + "\n]\n"
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()

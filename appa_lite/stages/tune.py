@@ -1,7 +1,5 @@
 """``tune``: the settings of an assimilation method with the smallest error on validation data."""
 
-import csv
-import io
 import itertools
 import json
 import time
@@ -18,7 +16,7 @@ from appa_lite.core.fields import to_seconds
 from appa_lite.core.store import atomic, open_dataset
 from appa_lite.stages import assimilation, reanalysis
 from appa_lite.stages.parallel import Work
-from appa_lite.verification.tables import check_table_path
+from appa_lite.verification.tables import check_table_path, dumps
 
 Record = dict[str, object]
 
@@ -51,7 +49,7 @@ def run(cfg: DictConfig) -> None:
     for record in records:
         record["best"] = all(record[key] == value for key, value in best.items())
     with atomic(cfg.out) as partial:
-        partial.write_text(_dumps(records, Path(cfg.out).suffix))
+        partial.write_text(dumps(records, Path(cfg.out).suffix))
     print(f"best: {_words(base, best)}\n{cfg.out}: {len(grid)} settings")
 
 
@@ -131,13 +129,3 @@ def _best(records: list[Record], grid: list[dict[str, object]]) -> dict[str, obj
         return float("inf") if None in found else float(np.mean(found))
 
     return min(grid, key=error)
-
-
-def _dumps(records: list[Record], suffix: str) -> str:
-    if suffix == ".json":
-        return "[\n" + ",\n".join(json.dumps(r) for r in records) + "\n]\n"
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()

@@ -23,11 +23,12 @@ def check_table_path(path: str | Path) -> None:
 
 
 def dumps(records: list[Record], suffix: str) -> str:
-    """Records as a JSON list or as CSV, by the ending."""
+    """Records as a JSON list or as CSV, by the ending; columns are the keys of the first, what is not a number is null."""
+    records = [{key: None if value != value else value for key, value in r.items()} for r in records]
     if suffix == ".json":
         return "[\n" + ",\n".join(json.dumps(r, allow_nan=False) for r in records) + "\n]\n"
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, list(records[0]) if records else COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     return text.getvalue()
