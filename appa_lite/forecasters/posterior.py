@@ -34,8 +34,10 @@ class Period:
     frames: int  #: frames asked for
 
     @classmethod
-    def around(cls, times: np.ndarray, checkpoint: Checkpoint, margin: int = 1) -> "Period":
+    def around(cls, times: np.ndarray, checkpoint: Checkpoint) -> "Period":
         stride, step, model = checkpoint.autoencoder.stride[0], checkpoint.spec.step, checkpoint.denoiser
+        alone = len(times) == model.config.frames == stride == 1  # a snapshot, as in training: its decoder never saw neighbours
+        margin = 0 if alone else 1
         before = margin * stride
         latent = max(-(-(len(times) + before) // stride) + margin, model.config.frames)
         latent += model.covariance.seam(latent)

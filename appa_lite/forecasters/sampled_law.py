@@ -15,7 +15,7 @@ from appa_lite.diffusion.rare_events.base import Response
 from appa_lite.diffusion.sampler_law import NORMAL, Tail, draws_of, evaluations, gains, start, tail
 from appa_lite.forecasters.laboratory import Climatology, prior_of
 from appa_lite.forecasters.latent_diffusion import LatentDiffusion
-from appa_lite.forecasters.posterior import ModeCovariance, Period, Prior
+from appa_lite.forecasters.posterior import ModeCovariance, Prior
 from appa_lite.guidance.base import Guidance, LatentObservation
 from appa_lite.guidance.event import LatentEvent
 from appa_lite.models.checkpoint import Checkpoint
@@ -168,14 +168,6 @@ class NoiseDriven(LatentDiffusion):
         super().__init__(checkpoint, guidance, sampler, overlap, batch)
         self.places: dict[str, tuple[int, tuple[int, ...]]] = {}  #: name -> first number, (K, *shape)
         self.draws = len(gains(sampler, torch.ones(1, dtype=torch.float64)))
-
-    def period(self, times: np.ndarray) -> Period:
-        """One snapshot of a model of snapshots is sampled alone, as it was in training.
-
-        A decoder reaches across to the neighbouring frames, with weights that have never seen any if windows were one frame.
-        """
-        alone = len(times) == self.checkpoint.denoiser.config.frames == self.checkpoint.autoencoder.stride[0] == 1
-        return Period.around(times, self.checkpoint, 0 if alone else 1)
 
     def prior(self, times: np.ndarray) -> Prior:
         """The law of the frames at ``times``."""
