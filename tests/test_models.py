@@ -156,6 +156,23 @@ def test_one_latent_frame_reaches_its_neighbours_only():
     assert touched == list(range(3 - model.reach, 3 + model.reach + 1))
 
 
+def test_frames_that_were_trained_alone_are_decoded_alone():
+    """After windows of one latent frame neighbours are forgotten: nothing changes for one frame, and many are as each."""
+    model = autoencoder(depth=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+        fields = torch.randn(3, 2, 2, 8, 12)  # three windows of one latent frame
+        before = model(fields)
+        together = fields.reshape(1, 6, 2, 8, 12)
+        assert not torch.allclose(model(together).reshape(before.shape), before, atol=1e-3)
+        model.forget_neighbours()
+        torch.testing.assert_close(model(fields), before, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(together).reshape(before.shape), before, atol=1e-4, rtol=1e-4)
+        latents = model.encode(together)
+        torch.testing.assert_close(model.decode_linear(latents)[:, 2:4], model.decode_linear(latents[:, 1:2]), atol=1e-4, rtol=1e-4)
+
+
 def test_a_periodic_autoencoder_moves_with_its_input():
     model, fields = autoencoder((True, True), lap=3), smooth_fields()
     scramble(model.analysis, model.synthesis, model.encoder, model.decoder)

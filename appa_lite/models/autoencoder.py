@@ -53,6 +53,14 @@ class ResidualStack(nn.Module):
         return self.last(nn.functional.silu(x))
 
 
+def fold(weight: Tensor, size: int) -> None:
+    """Add the weights (outputs, 3 size, ...) of the frames before and after to those of the frame between, in place."""
+    before, centre, after = weight.split(size, dim=1)
+    total = before + centre + after
+    weight.zero_()
+    weight[:, size : 2 * size] = total
+
+
 class SpatiotemporalAutoencoder(Autoencoder, ModelMixin, ConfigMixin):
     """Compresses windows of normalised fields in time and space.
 
@@ -142,6 +150,19 @@ class SpatiotemporalAutoencoder(Autoencoder, ModelMixin, ConfigMixin):
         leading = vectors[:, -self.config.channels :].flip(-1).T
         self.analysis.set_centre(leading * weight)
         self.synthesis.set_centre((leading / weight).T)
+
+    @torch.no_grad()
+    def forget_neighbours(self) -> None:
+        """Make every latent frame its own affair, changing nothing for windows of one.
+
+        There the frames before and after are the frame itself repeated, and what their weights learned is a part of its own:
+        the three add up. Left alone, they would meet other frames only when the model is used.
+        """
+        for lapped in (self.analysis, self.synthesis):
+            fold(lapped.conv.conv.weight, lapped.inputs)
+        for stack in (self.encoder, self.decoder):
+            for time in stack.time:
+                fold(time.taps.weight, time.taps.out_features)
 
     @torch.no_grad()
     def standardise(self, fields: Tensor) -> None:

@@ -28,7 +28,8 @@ class AutoencoderTraining(Trainable):
 
     Args:
         model: the autoencoder; normalizer: fitted, frozen; spec: of the data; weights: w_c by variable name (default 1);
-        train, test: fields for the latents' scale and for the card; settings: stored with the model.
+        train, test: fields for the latents' scale and for the card; settings: stored with the model;
+        alone: windows hold one latent frame, which never saw another.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class AutoencoderTraining(Trainable):
     test: Sample
     settings: dict = field(default_factory=dict)
     climatology: xr.Dataset | None = None
+    alone: bool = False
 
     def __post_init__(self):
         self.normalizer.requires_grad_(False)
@@ -73,6 +75,8 @@ class AutoencoderTraining(Trainable):
         """Standardise the latents, measure the reconstruction beside empirical orthogonal functions, and save."""
         model, normalizer = self.model.cpu(), self.normalizer.cpu()
         if isinstance(model, SpatiotemporalAutoencoder):
+            if self.alone:
+                model.forget_neighbours()
             model.standardise(normalizer(self.train.fields, self.train.times))
         card = reconstruction_card(model, normalizer, self.spec, self.train, self.test)
         Checkpoint(self.spec, normalizer, model, None, self.settings | {"autoencoder": card}, self.climatology).save(directory)
@@ -117,6 +121,7 @@ class AutoencoderRecipe(Recipe):
             )
         model.mask.copy_(spec.mask_tensor())
         training = _training(data, model, self.weights)
+        training.alone = self.window == self.stride[0]
         weights = torch.tensor([float(self.weights.get(n, 1.0)) for n in spec.names])
         model.start_from_components(training.normalizer(training.train.fields, training.train.times), weights)
         pairs = ((data.train, self.window_stride), (data.held, self.window))
