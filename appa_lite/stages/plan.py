@@ -1,6 +1,7 @@
 """``plan``: memory, time, traffic and cost of a training, before any of it is paid."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -146,7 +147,7 @@ def _machine(cfg: DictConfig) -> dict[str, float]:
     """Peaks, memory and bandwidths of the device."""
     if cfg.device == "cpu":
         here = device("cpu")
-        memory = float(next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line).split()[1]) * 1024
+        memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         peaks = {"bf16": costs.peak_here(here, True), "fp32": costs.peak_here(here, False)}
         return {**peaks, "memory": memory, "node": 10e9, "network": 1e9}
     if cfg.device not in costs.DEVICES:

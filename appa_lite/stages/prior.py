@@ -71,9 +71,10 @@ def competitor(cfg: DictConfig, kind: type[Assimilator] | type[Forecaster]) -> t
 
 def _models(cfg: DictConfig) -> list[Checkpoint]:
     """The trained models in ``cfg.checkpoint``, a directory or a list of them; none if it is null."""
-    paths = cfg.checkpoint if isinstance(cfg.checkpoint, ListConfig) else [cfg.checkpoint]
-    models = [Checkpoint.load(path, device(cfg.device)) for path in paths if path is not None]
-    for path, model in zip(paths, models, strict=False):
+    given = cfg.checkpoint if isinstance(cfg.checkpoint, ListConfig) else [cfg.checkpoint]
+    paths = [path for path in given if path is not None]
+    models = [Checkpoint.load(path, device(cfg.device)) for path in paths]
+    for path, model in zip(paths, models, strict=True):
         if model.forecaster is None:
             raise UserError(f"'{path}' holds an autoencoder only: train a model on it, and give that run's model directory")
     return models

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import to_datetime
-from appa_lite.core.random import derive
+from appa_lite.forecasters.simulator_ensemble import SimulatorEnsemble
 from appa_lite.simulators.base import Simulator, states
 
 Progress = Callable[[int, int], None]
@@ -68,23 +68,16 @@ def truths(simulator: Simulator, design: Design, seed: int, start: str | Path | 
     return torch.stack(fields, 1), torch.stack(kept, 1)
 
 
-@torch.no_grad()
 def oracle(simulator: Simulator, known: Tensor, design: Design, seed: int, progress: Progress) -> Tensor:
     """The simulator's own ensemble (N, starts, lead, members, C, H, W) from the true states, under forcing of its own.
 
     Where the only thing not known is the random forcing to come, this is the law that every forecast is asked for: the floor
     of every proper score.
     """
-    count = design.trajectories * design.starts
-    state = known.flatten(0, 1).repeat_interleave(design.members, 0)
-    names, own = list(range(count * design.members)), derive(seed, "oracle")
-    out = []
-    for frame in range(design.lead):
-        state = simulator.advance(state, frame, own, names)
-        out.append(simulator.fields(state).cpu())
-        progress(frame + 1, design.lead)
-    fields = torch.stack(out, 1).unflatten(0, (design.trajectories, design.starts, design.members))
-    return fields.transpose(2, 3)
+    states = known.flatten(0, 1).repeat_interleave(design.members, 0)
+    ensemble = SimulatorEnsemble(simulator)
+    fields = ensemble.forecast_states(states, design.lead, range(len(states)), seed, lambda _, done, total: progress(done, total))
+    return fields.unflatten(0, (design.trajectories, design.starts, design.members)).transpose(2, 3)
 
 
 def forecast_dataset(simulator: Simulator, design: Design, fields: Tensor, initial: Tensor) -> xr.Dataset:
