@@ -24,9 +24,9 @@ MAY_IMPORT |= {"api": {"stages", "config", "core", "models", "observations"}, "_
 #: modules that the leaves of a room may import beside ``base``; a leaf is any other module
 HELPERS = {
     "simulators": {"random_fields", "rings", "stepping"},
-    "observations": {"build", "cells", "discrete", "network", "options", "points", "rows", "table", "tracks", "units"},
+    "observations": {"build", "cells", "correlation", "discrete", "network", "options", "points", "rows", "table", "tracks", "units"},
     "diffusion": {"noise_laws", "schedule"},
-    "guidance": {"gaussian", "modes", "scores"},
+    "guidance": {"error_laws", "gaussian", "modes", "scores"},
     "models": {"deterministic", "margins", "normalizer"},
     "training": {
         "checkpoints",
@@ -37,6 +37,7 @@ HELPERS = {
         "emulator",
         "fully_shard",
         "logs",
+        "muon",
         "prepare",
         "processes",
         "profile",
@@ -46,7 +47,7 @@ HELPERS = {
         "zero",
     },
     "forecasters": {"designs", "ensemble", "initial", "laboratory", "latent_diffusion", "localisation", "posterior", "rollout"},
-    "stages": {"assimilation", "comparison", "device", "event_laws", "heavy_tails", "matrix", "parallel", "prior", "rare_events", "twin"},
+    "stages": {"assimilation", "assimilation_twins", "comparison", "device", "event_laws", "heavy_tails", "matrix", "parallel", "prior", "rare_events", "twin"},
 }
 #: modules whose trade is to know the leaves: they read what is saved or tabulated and find its class, or chain commands
 ASSEMBLERS = {"observations": {"build"}, "models": {"checkpoint"}, "stages": {"quickstart", "tune"}}

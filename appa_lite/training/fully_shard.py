@@ -8,9 +8,10 @@ from torch import distributed as dist
 
 from appa_lite.core.errors import UserError
 from appa_lite.training.checkpoints import Piece
+from appa_lite.training.muon import Range
 from appa_lite.training.processes import Processes
 from appa_lite.training.schedule import TrainingConfig
-from appa_lite.training.strategy import Skeleton, Strategy, make_torch_moments, optimizer, refuse_muon, torch_update
+from appa_lite.training.strategy import Skeleton, Strategy, make_torch_moments, optimizer, torch_update
 
 
 class FullyShard(Strategy):
@@ -25,7 +26,6 @@ class FullyShard(Strategy):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-        refuse_muon(config, "FSDP2")
         scalars = [name for name, p in module.named_parameters() if p.ndim == 0]
         if scalars:
             raise UserError(f"FSDP2 cannot shard the scalar parameters {', '.join(scalars)}: launch multi_gpu.yaml or zero2.yaml")
@@ -44,7 +44,7 @@ class FullyShard(Strategy):
             fully_shard(block, **options)
         self.model = fully_shard(module, **options)
         self.parameters = dict(module.named_parameters())
-        self.optimizer = optimizer(module, config)
+        self.optimizer = optimizer(module, config, _ranges, processes.device)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         (loss / self.config.accumulate).backward()
@@ -62,6 +62,7 @@ class FullyShard(Strategy):
             f"{name}/{key}": Piece.whole(value) if value.ndim == 0 else _piece(p, value)
             for name, (p, state) in states.items()
             for key, value in state.items()
+            if isinstance(value, Tensor)
         }
 
     def make_moments(self, names: set[str]) -> None:
@@ -82,3 +83,9 @@ def _piece(parameter: Tensor, values: Tensor) -> Piece:
     world, rank = parameter.device_mesh.size(), parameter.device_mesh.get_local_rank()
     first = min(rows, rank * -(-rows // world))
     return Piece(values.detach().to_local(), tuple(parameter.shape), first * row)
+
+
+def _ranges(parameter: Tensor) -> list[Range]:
+    """The same, for an optimiser that needs whole matrices."""
+    piece = _piece(parameter, parameter)
+    return [Range(piece.shape, piece.start, 0, piece.values.numel())]

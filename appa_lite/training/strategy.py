@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -11,6 +11,7 @@ from torch import distributed as dist
 
 from appa_lite.core.errors import UserError
 from appa_lite.training.checkpoints import Piece
+from appa_lite.training.muon import Range, ShardedMuon
 from appa_lite.training.processes import Processes
 from appa_lite.training.schedule import TrainingConfig
 
@@ -168,8 +169,13 @@ class Skeleton:
         return self.module.cpu()
 
 
-def optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW or Muon, with weight decay on matrices and kernels only; Muon leaves to AdamW what is no layer's weight."""
+def optimizer(
+    module: nn.Module, config: TrainingConfig, ranges: Callable[[Tensor], Sequence[Range]] | None = None, device: torch.device | None = None
+) -> torch.optim.Optimizer:
+    """AdamW or Muon, with weight decay on matrices and kernels only; Muon leaves to AdamW what is no layer's weight.
+
+    ``ranges``: which elements of matrices a tensor holds, where they are sharded, to be brought together on ``device``.
+    """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if not named:
         raise UserError("the model has no parameters to train")
@@ -180,21 +186,12 @@ def optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimize
 
         layers = {"params": [p for name, p in named if p.ndim >= 2 and name.endswith("weight")], "use_muon": True}
         others = {"params": [p for name, p in named if p.ndim >= 2 and not name.endswith("weight")], "use_muon": False}
-        return Muon([g for g in (layers, others, vectors | {"use_muon": False}) if g["params"]], nesterov=True, **common)
+        muon_groups = [g for g in (layers, others, vectors | {"use_muon": False}) if g["params"]]
+        options = common | {"nesterov": True}
+        return Muon(muon_groups, **options) if ranges is None else ShardedMuon(muon_groups, options, ranges, device)
     groups = [g for g in ({"params": [p for _, p in named if p.ndim >= 2]}, vectors) if g["params"]]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for _, p in named)
     return torch.optim.AdamW(groups, fused=fused, **common)
-
-
-def refuse_muon(config: TrainingConfig, strategy: str) -> None:
-    """
-    Raises:
-        UserError: Muon orthogonalises whole matrices, of which a process has only a part.
-    """
-    if config.optimizer == "muon":
-        raise UserError(
-            f"optimizer=muon needs whole matrices, which {strategy} does not keep: say optimizer=adamw, or launch multi_gpu.yaml"
-        )
 
 
 def torch_update(module: nn.Module, optimizer: torch.optim.Optimizer, rate: float, clip: float | None) -> Tensor | None:

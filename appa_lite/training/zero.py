@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from appa_lite.core.errors import UserError
 from appa_lite.training.checkpoints import Piece
+from appa_lite.training.muon import Range
 from appa_lite.training.processes import Processes, prepare_deepspeed
 from appa_lite.training.schedule import TrainingConfig
-from appa_lite.training.strategy import Skeleton, Strategy, optimizer, refuse_muon
+from appa_lite.training.strategy import Skeleton, Strategy, optimizer
 
 
 class Zero(Strategy):
@@ -24,7 +25,6 @@ class Zero(Strategy):
     """
 
     def __init__(self, module: nn.Module, config: TrainingConfig, processes: Processes):
-        refuse_muon(config, "ZeRO")
         wide = [name for name, p in module.named_parameters() if p.dtype != torch.float32]
         if wide:
             raise UserError(f"ZeRO trains float32 parameters, {wide[0]} is {module.get_parameter(wide[0]).dtype}: launch multi_gpu.yaml")
@@ -35,7 +35,8 @@ class Zero(Strategy):
         settings = _settings(config, processes.world)
         self.stage = settings["zero_optimization"]["stage"]
         self.name = f"zero{self.stage}"
-        self.model, *_ = deepspeed.initialize(model=module, optimizer=optimizer(module, config), config=settings, dist_init_required=False)
+        made = optimizer(module, config, self._ranges, processes.device)
+        self.model, *_ = deepspeed.initialize(model=module, optimizer=made, config=settings, dist_init_required=False)
         self.sharded = self.model.optimizer
         self.torch = self.sharded.optimizer
         self.names = {id(p): name for name, p in module.named_parameters()}
@@ -71,6 +72,9 @@ class Zero(Strategy):
         start = min(p.ds_numel, self.processes.rank * p.ds_tensor.ds_numel)
         return start, min(p.ds_tensor.ds_numel, p.ds_numel - start)
 
+    def _ranges(self, tensor: Tensor) -> list[Range]:
+        return [Range(_shape(p), start, offset, count) for _, p, flat, offset, count, start in self._parts() if flat is tensor]
+
     def weights(self) -> dict[str, Piece]:
         pieces = {}
         for name, p in self.module.named_parameters():
@@ -89,14 +93,16 @@ class Zero(Strategy):
         pieces = {}
         for name, p, flat, offset, count, start in self._parts():
             for key, value in self.torch.state.get(flat, {}).items():
+                if not isinstance(value, Tensor):
+                    continue
                 whole = value.ndim == 0
                 pieces[f"{name}/{key}"] = Piece.whole(value) if whole else Piece(value[offset : offset + count], _shape(p), start)
         return pieces
 
     def make_moments(self, names: set[str]) -> None:
         fused = any(group.get("fused") for group in self.torch.param_groups)
-        keys = {name.rsplit("/", 1)[1] for name in names}
-        for _, _, flat, *_ in self._parts():
+        for name, _, flat, *_ in self._parts():
+            keys = {other.rsplit("/", 1)[1] for other in names if other.rsplit("/", 1)[0] == name}
             scalar = torch.zeros((), device=flat.device if fused else "cpu")
             self.torch.state[flat] = {key: scalar if key == "step" else torch.zeros_like(flat.detach()) for key in sorted(keys)}
 
