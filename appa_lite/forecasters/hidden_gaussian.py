@@ -3,18 +3,58 @@
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from appa_lite.core.errors import UserError
 from appa_lite.core.random import Streams, derive
+from appa_lite.forecasters.base import Assimilator, Progress, silent
 from appa_lite.observations.base import Observation
 from appa_lite.simulators.base import Simulator, states
+
+TRIALS = 40  # of a move, after which the bracket of angles is 2^-40 wide or so
+
+
+class HiddenGaussian(Assimilator):
+    """The exact posterior of a simulator whose state is a Gaussian process: what any assimilation of its fields aims at.
+
+    Each member is a Markov chain of its own (``hidden_posterior``), of which the last state is kept.
+
+    Args:
+        simulator: whose states are ``gaussian``.
+        steps: of the chain; it is long enough when more of them change nothing.
+        burn_in: steps before those, during which the errors of the observations shrink from ten times their size.
+
+    Raises:
+        UserError: the simulator's states are no Gaussian process, or there are no steps.
+    """
+
+    def __init__(self, simulator: Simulator, steps: int = 2000, burn_in: int = 500):
+        if not simulator.gaussian:
+            raise UserError(
+                f"hidden_gaussian needs a simulator whose state is a Gaussian process, such as advected_rain or gaussian_process: "
+                f"{type(simulator).__name__} has no posterior in closed form"
+            )
+        if steps < 1 or burn_in < 0:
+            raise UserError(f"hidden_gaussian needs steps >= 1 and burn_in >= 0, got {steps} and {burn_in}")
+        self.simulator, self.steps, self.burn_in = simulator, steps, burn_in
+
+    def assimilate(
+        self, observation: Observation | None, times: np.ndarray, members: Sequence[int], seed: int, progress: Progress = silent
+    ) -> Tensor:
+        name = f"{len(members)} chains"
+        fields = hidden_posterior(
+            self.simulator, observation, len(times), members, seed, self.steps, self.burn_in, lambda *done: progress(name, *done)
+        )
+        return fields.float()
 
 
 @torch.no_grad()
 def hidden_posterior(
-    simulator: Simulator, observation: Observation, frames: int, members: Sequence[int], seed: int, steps: int = 2000, burn_in: int = 500
-) -> Tensor:
+    simulator: Simulator, observation: Observation | None, frames: int, members: Sequence[int], seed: int, steps: int = 2000,
+    burn_in: int = 500, progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:  # fmt: skip
     """Fields (members, T, C, H, W) given observations of the first ``frames`` frames of a stationary run.
 
     The states of ``simulator`` must be a Gaussian process of mean zero (``AdvectedRain``, ``GaussianProcess``); its fields
@@ -25,22 +65,37 @@ def hidden_posterior(
     leaves p(x | y) as it is, needs no gradient and no step size, and takes dry cells for what they are: all hidden values
     below the threshold are equally likely. Each member is a chain of its own, of which the last state is kept; during the
     ``burn_in`` the errors shrink from ten times their size. The chains have converged when more steps change nothing.
+
+    Frames that nothing ties together, of a process without memory and observed one by one, have angles of their own.
     """
     members = list(members)
-    variance = observation.variance.double()
 
     def prior(number: int) -> Tensor:
         return torch.stack(list(states(simulator, derive(seed, "prior", number), members, frames, 0)), dim=1)
 
-    def likelihood(x: Tensor, inflation: float) -> Tensor:
-        fields = torch.stack([simulator.fields(s) for s in x.unbind(1)], dim=1)
-        return -(observation.residual(fields) ** 2 / (2 * inflation**2 * variance)).sum(-1)
+    def fields(x: Tensor) -> Tensor:
+        return torch.stack([simulator.fields(s) for s in x.unbind(1)], dim=1)
 
-    x, chance = prior(-1), Streams(seed, members, "slices")
+    x = prior(-1)
+    if observation is None:
+        return fields(x)
+    apart = getattr(simulator, "memory", None) == 0 and torch.equal(observation.operator.first, observation.operator.last)
+    blocks = observation.operator.frame.cpu() if apart else torch.zeros(len(observation), dtype=torch.long)
+    shape, count = x.shape, frames if apart else 1
+    variance, chance = observation.variance.double(), Streams(seed, members, "slices")
+
+    def likelihood(x: Tensor, inflation: float) -> Tensor:
+        """(members * blocks,) of states (members * blocks, ...)."""
+        terms = -(observation.residual(fields(x.reshape(shape))) ** 2 / (2 * inflation**2 * variance))
+        return terms.new_zeros(len(members), count).index_add(1, blocks, terms).flatten()
+
+    x = x.reshape(len(members) * count, -1)
     for step in range(burn_in + steps):
         inflation = 10 ** max(0.0, 1 - 2 * step / max(burn_in, 1))
-        x = slice_step(x, prior(step), lambda x, by=inflation: likelihood(x, by), torch.special.ndtr(chance.normal((40,), torch.float64)))
-    return torch.stack([simulator.fields(s) for s in x.unbind(1)], dim=1)
+        uniform = torch.special.ndtr(chance.normal((count, TRIALS), torch.float64)).flatten(0, 1)
+        x = slice_step(x, prior(step).reshape(x.shape), lambda x, by=inflation: likelihood(x, by), uniform)
+        progress(step + 1, burn_in + steps)
+    return fields(x.reshape(shape))
 
 
 def slice_step(x: Tensor, v: Tensor, likelihood: Callable[[Tensor], Tensor], uniform: Tensor) -> Tensor:
@@ -54,7 +109,7 @@ def slice_step(x: Tensor, v: Tensor, likelihood: Callable[[Tensor], Tensor], uni
     low, high = angle - 2 * math.pi, angle
     out, waiting = x.clone(), torch.ones(len(x), dtype=torch.bool)
     for trial in range(2, uniform.shape[1]):
-        proposal = x * torch.cos(angle).reshape(shape) + v * torch.sin(angle).reshape(shape)
+        proposal = x * torch.cos(angle).reshape(shape).to(x) + v * torch.sin(angle).reshape(shape).to(x)
         accepted = waiting & (likelihood(proposal) > level)
         out[accepted] = proposal[accepted]
         waiting &= ~accepted

@@ -44,6 +44,8 @@ class AdvectedRain(Simulator):
         UserError: settings that are no such law.
     """
 
+    gaussian = True
+
     def __init__(
         self,
         n: int = 32,

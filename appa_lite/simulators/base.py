@@ -21,6 +21,7 @@ class Simulator(ABC):
     """
 
     spec: FieldSpec  #: what ``fields`` returns, and the seconds between frames
+    gaussian: bool = False  #: whether states are a stationary Gaussian process of mean zero, so that posteriors are known
 
     @abstractmethod
     def initial(self, seed: int, members: list[int], device: torch.device | str = "cpu") -> Tensor:

@@ -40,6 +40,8 @@ class GaussianProcess(Simulator):
         UserError: settings that are no process.
     """
 
+    gaussian = True
+
     def __init__(
         self,
         n: int = 32,

@@ -31,7 +31,8 @@ def run(cfg: DictConfig) -> None:
     if name in cfg.baselines:
         raise UserError(f"'{name}' is the forecast's name and a baseline's: give the forecast another with name=...")
     systems = {str(k): open_dataset(path) for k, path in {name: cfg.forecast, **cfg.baselines}.items()}
-    tables = {key: None if cfg[key] is None else read_table(cfg[key], cfg.network) for key in ("observations", "kriging", "kriging_fit")}
+    files = ("observations", "kriging", "kriging_fit", "observed")
+    tables = {key: None if cfg[key] is None else read_table(cfg[key], cfg.network) for key in files}
     if cfg.stations is not None:
         tables["observations"] = _stations(tables["observations"], list(map(str, cfg.stations)))
     if any(t is not None for t in tables.values()):

@@ -37,10 +37,10 @@ class TruthPairs:
 
     def __init__(self, systems: dict[str, xr.Dataset], truth: xr.Dataset, trajectory: int, climatology: xr.Dataset | None):
         truth = standardise(truth)
-        if "trajectory" in truth.dims:
-            if not 0 <= trajectory < truth.sizes["trajectory"]:
-                raise UserError(f"trajectory={trajectory} is not there: the truth has {truth.sizes['trajectory']}, counted from 0")
-            truth = truth.isel(trajectory=trajectory, drop=True)
+        for dim in {"trajectory", NUMBER} & set(truth.dims):  # of an ensemble, a member
+            if not 0 <= trajectory < truth.sizes[dim]:
+                raise UserError(f"trajectory={trajectory} is not there: the truth has {truth.sizes[dim]}, counted from 0")
+            truth = truth.isel({dim: trajectory}, drop=True)
         systems = {name: on_longitudes(dataset, truth) for name, dataset in systems.items()}
         climatology = None if climatology is None else on_longitudes(climatology, truth)
         for name, dataset in systems.items():

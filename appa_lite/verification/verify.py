@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import final
 
 import numpy as np
@@ -13,6 +14,7 @@ from appa_lite.core.errors import UserError
 from appa_lite.verification.base import Sums
 from appa_lite.verification.cases import Cases
 from appa_lite.verification.details import Details
+from appa_lite.verification.distance import Distance, distances
 from appa_lite.verification.grid import standardise
 from appa_lite.verification.pairs import ObservationPairs, TruthPairs
 from appa_lite.verification.resampling import Group, Resampling
@@ -75,6 +77,7 @@ class Verification:
         trajectory: int = 0,
         seed: int = 0,
         thresholds: xr.Dataset | None = None,
+        observed: pd.DataFrame | None = None,
     ) -> Scores:
         """Scores of every system and baseline, on the cases that all systems share.
 
@@ -88,6 +91,7 @@ class Verification:
             climatology: ``<name>`` and ``<name>_std`` per cell, by ``hour``, ``dayofyear`` or ``month`` if it has these.
             kriging: a table of station reports to interpolate; ``kriging_fit`` what its variogram is fitted on.
             thresholds: quantiles of the training climatology, ``climatological_quantiles(training)``; None: no extremes.
+            observed: what the analyses were given: scores and ranks of the variable's cells by their distance to it, too.
 
         Raises:
             UserError: nothing in common in time, variables or grid.
@@ -103,9 +107,12 @@ class Verification:
             if truth is not None
             else ObservationPairs(systems, observations, climatology, kriging, kriging_fit, self.lapse_rates)
         )
+        if observed is not None and truth is None:
+            raise UserError("observed=... tells cells apart by their distance to it: give a truth on a grid")
+        places = {} if observed is None else distances(observed, against.truth)
         details, records = Details(against, self.block), []
         first, *others = against.names
-        for tally in self.tallies(against, against.variables(variables), thresholds, seed, details):
+        for tally in self.tallies(against, against.variables(variables), thresholds, seed, details, places):
             for lead, index in grouped(against.cases):
                 group = Group(tally, lead, index, self.resampling(seed))
                 records += group.scores() + group.differences([(first, other) for other in others], COMPARED)
@@ -114,20 +121,25 @@ class Verification:
         return Scores(records, details.to_dict())
 
     def tallies(
-        self, against: Against, variables: Sequence[str], thresholds: xr.Dataset | None, seed: int, details: Details | None = None
-    ) -> Iterator[Tally]:
+        self, against: Against, variables: Sequence[str], thresholds: xr.Dataset | None, seed: int, details: Details | None = None,
+        places: Mapping[str, Sequence[Distance]] = MappingProxyType({}),
+    ) -> Iterator[Tally]:  # fmt: skip
         """The sums of every variable, of its views, and of the kinetic energy where both components of a velocity are there."""
         energies = winds(variables) if any(isinstance(v, Energy) for v in self.views) else {}
         components = {n for wind in energies.values() for n in wind}
         for variable in variables:
             box = against.box(variable) if self.spectra else None
             views = [v for v in self.views if not (isinstance(v, Energy) and variable in components)]
+            views += places.get(variable, ())
             found = tallies(against, variable, views, thresholds, seed, box, None if details is None else details.stations)
             for name, sums in found[0].sums.items() if found and found[0].variable == variable else ():
                 if name in against.systems:
                     _warn_missing(name, variable, sums["count"])
             if details is not None and found:
                 details.add(found[0], box)
+                classes = {f"{variable}_{v.name}" for v in places.get(variable, ())}
+                for tally in (t for t in found if t.variable in classes):
+                    details.add(tally, None)
             yield from found
         for name, wind in energies.items():
             tally = energy_tally(against, name, wind, Energy(), thresholds, seed)

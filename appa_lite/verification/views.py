@@ -162,7 +162,7 @@ def viewed(variable: str) -> tuple[str, str]:
     """A table's variable as (variable, view), the view empty for the field itself."""
     if re.fullmatch(rf"{KINETIC}\w*", variable):
         return variable, "energy"
-    found = re.fullmatch(r"(.+)_(mean\d+|energy|gradient)", variable)
+    found = re.fullmatch(r"(.+)_(mean\d+|energy|gradient|observed|near|beyond)", variable)
     return (found[1], found[2]) if found else (variable, "")
 
 

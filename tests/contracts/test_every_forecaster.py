@@ -46,6 +46,7 @@ class Waves(Simulator):
         self.matrix = torch.fft.irfft(torch.fft.rfft(torch.eye(CELLS)) * torch.where(phase.real > 1e-6, phase, 1), CELLS)
 
     spinup_frames = 0
+    gaussian = True
 
     def initial(self, seed, members, device="cpu"):
         return 3 * Streams(seed, members, "waves").normal((CELLS,)).to(device)
