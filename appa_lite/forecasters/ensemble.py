@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from appa_lite.core.errors import UserError
+from appa_lite.core.errors import DivergedError, UserError
 from appa_lite.core.fields import to_seconds
 from appa_lite.core.random import derive, generator
 from appa_lite.forecasters.base import Assimilator, Progress, silent
@@ -57,7 +57,7 @@ class Ensemble:
             return self.simulator.advance(state, self.spinup + frame, self.seed, self.members)
         except UserError as error:
             hint = "the analyses have diverged if a free run does not do this: more members, more inflation or a smaller radius"
-            raise UserError(f"after frame {frame}: {error} ({hint})") from error
+            raise DivergedError(f"after frame {frame}: {error} ({hint})") from error
 
 
 def check_period(simulator: Simulator, times: np.ndarray) -> None:

@@ -9,6 +9,7 @@ from appa_lite.config import build
 from appa_lite.core.errors import UserError
 from appa_lite.core.store import atomic
 from appa_lite.simulators.base import Simulator
+from appa_lite.stages.assimilation_twins import AssimilationTwins
 from appa_lite.stages.comparison import Comparison
 from appa_lite.stages.matrix import Matrix
 from appa_lite.verification.comparison import score_trials, summary
@@ -17,10 +18,13 @@ from appa_lite.verification.tables import dumps
 from appa_lite.verification.verify import Verification
 
 FREE = ("budget", "processes", "verification", "scored", "variables", "reference")  # what may change when a comparison goes on
+FREE += ("methods", "tuning", "climatology")
 
 
 def run(cfg: DictConfig) -> None:
     """Data, a learning rate for each family, trainings, forecasts, scores; all of it in ``cfg.out``, resumable."""
+    if cfg.methods:
+        return _assimilation(cfg)
     began = time.monotonic()
     comparison = Comparison(cfg, build(cfg.simulator, Simulator))
     verification = build(cfg.verification, Verification)
@@ -44,13 +48,20 @@ def run(cfg: DictConfig) -> None:
     print(f"{out / 'scores.json'}: {len(records)} scores\n{out / 'report.html'}: {(time.monotonic() - began) / 60:.1f} minutes")
 
 
-def _claim(cfg: DictConfig, comparison: Comparison) -> dict:
+def _assimilation(cfg: DictConfig) -> None:
+    """The other protocol: assimilation methods on the same observations."""
+    twins = AssimilationTwins(cfg, build(cfg.simulator, Simulator))
+    _claim(cfg, twins)
+    twins.run(build(cfg.verification, Verification))
+
+
+def _claim(cfg: DictConfig, comparison: Comparison | AssimilationTwins) -> dict:
     """The settings that a comparison was begun with: trainings of one table have one length, also when it goes on later."""
     path = comparison.out / "comparison.json"
     plain = {k: v for k, v in OmegaConf.to_container(cfg).items() if k not in (*FREE, "out", "command")}
     if path.exists():
         found = json.loads(path.read_text())
-        changed = [k for k in plain if plain[k] != found["configuration"].get(k)]
+        changed = [k for k in plain if plain[k] != found["configuration"].get(k, plain[k])]
         if changed:
             raise UserError(f"'{comparison.out}' holds a comparison with other settings ({', '.join(changed)}): give another out=")
         return found

@@ -28,6 +28,7 @@ class Job:
     name: str
     commands: tuple[tuple[str, ...], ...]
     weight: float = 1.0  #: expected share of the time, in units of the other jobs'
+    may_diverge: bool = False  #: numbers that run away are a result, not a failure: the job counts as done, without its output
 
 
 class Matrix:
@@ -81,8 +82,8 @@ class Matrix:
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
-                seconds, failure = future.result()
-                if failure:
+                seconds, failure, diverged = future.result()
+                if failure and not (diverged and job.may_diverge):
                     for other in running:
                         other.cancel()
                     raise UserError(f"{job.name} failed: {failure} (all it said is in {self.folder / job.name}.log)")
@@ -108,8 +109,8 @@ def _stop_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _work(commands: Sequence[Sequence[str]], log: str) -> tuple[list[float], str | None]:
-    """Seconds of each command, and what went wrong if something did."""
+def _work(commands: Sequence[Sequence[str]], log: str) -> tuple[list[float], str | None, bool]:
+    """Seconds of each command, what went wrong if something did, and whether that was numbers that ran away."""
     from appa_lite.config import compose
 
     Path(log).parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +122,6 @@ def _work(commands: Sequence[Sequence[str]], log: str) -> tuple[list[float], str
             try:
                 import_module(f"appa_lite.stages.{command[0]}").run(compose(command[0], list(command[1:])))
             except (UserError, OSError, FloatingPointError, SystemExit) as error:
-                return seconds, str(error) or type(error).__name__
+                return seconds, str(error) or type(error).__name__, isinstance(error, FloatingPointError)
             seconds.append(round(time.monotonic() - began, 3))
-    return seconds, None
+    return seconds, None, False

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pandas as pd
+import torch
 import xarray as xr
 from omegaconf import DictConfig
 
@@ -11,6 +12,7 @@ from appa_lite.core.store import check_target, provenance, write_dataset
 from appa_lite.forecasters.base import Progress
 from appa_lite.stages import assimilation as shared
 from appa_lite.stages.parallel import Part, Work, stacked
+from appa_lite.stages.prior import counted
 
 
 def run(cfg: DictConfig) -> None:
@@ -41,13 +43,15 @@ def analyse(cfg: DictConfig, table: pd.DataFrame, inputs: list[str], work: Work)
     members, every = shared.pieces(cfg, model), np.ones(len(rows.withheld), bool)
 
     def piece(i: int, progress: Progress) -> Part:
-        fields, solver = shared.assimilated(model, used, times, members[i], cfg.seed, progress)
-        return {"fields": fields, "solver": solver} | shared.seen(rows, used, every, fields, 0)
+        with counted(model.checkpoint) as calls:
+            fields, solver = shared.assimilated(model, used, times, members[i], cfg.seed, progress)
+        return {"fields": fields, "solver": solver, "calls": torch.tensor(sum(calls))} | shared.seen(rows, used, every, fields, 0)
 
     parts = work.map(len(members), piece)
     if parts is None:
         return None
     attrs, facts = shared.solver(parts)
+    attrs |= {"network_calls": sum(int(part["calls"]) for part in parts) / cfg.members}
     fields = stacked([part["fields"] for part in parts]).swapaxes(0, 1)
     dataset = work.dataset(model.spec, fields, {"time": times, "number": np.arange(cfg.members)})
     dataset.attrs = provenance(cfg, cfg.seed, inputs) | attrs | {"field_spec": json.dumps(model.spec.to_dict())}
