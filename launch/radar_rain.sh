@@ -9,27 +9,25 @@ OUT=${2:-runs/radar_rain}
 python launch/radar_rain.py "$DATA" "$OUT/data"
 
 # the prior, from 28 August 10:00-11:10
-for trainable in autoencoder denoiser; do
-    given=(); [ "$trainable" = autoencoder ] || given=(autoencoder="$OUT/autoencoder/model")
-    appa-lite train experiment=radar_rain trainable=$trainable data="$OUT/data/train.zarr" validation="$OUT/data/validation.zarr" \
-        run="$OUT/$trainable" "${given[@]}"
-done
+RAIN="data=$OUT/data/train.zarr validation=$OUT/data/validation.zarr"
+# shellcheck disable=SC2086
+appa-lite train experiment=radar_rain trainable=autoencoder $RAIN run="$OUT/autoencoder"
+# shellcheck disable=SC2086
+appa-lite train experiment=radar_rain trainable=denoiser autoencoder="$OUT/autoencoder/model" $RAIN run="$OUT/denoiser"
 
 # 5 to 25 minutes ahead from three radar images: two domains that afternoon, three in the night two and a half days later
-nowcasts() {  # CASE TRUTH TIMES DOMAINS
-    local case=$1 truth=$2 times=$3 domain
-    for domain in $4; do
-        appa-lite forecast experiment=radar_rain checkpoint="$OUT/denoiser/model" initial="$OUT/data/$case.zarr" trajectory="$domain" \
-            "initial_time=[$times]" lead=25min out="$OUT/$case$domain.nc"
-        appa-lite forecast experiment=radar_rain forecaster=advection initial="$OUT/data/$case.zarr" trajectory="$domain" \
-            "initial_time=[$times]" lead=25min members=1 out="$OUT/$case${domain}_advection.nc"
-        appa-lite verify experiment=radar_rain forecast="$OUT/$case$domain.nc" name=latent_diffusion trajectory="$domain" \
-            "baselines={advection: $OUT/$case${domain}_advection.nc}" truth="$OUT/data/$truth.zarr" thresholds="$OUT/data/train.zarr" \
-            checkpoint="$OUT/denoiser/model" verification=quick verification.spectra=true out="$OUT/scores/$case$domain.json"
-    done
-}
-nowcasts afternoon afternoon "2016-08-28T13:10,2016-08-28T13:20,2016-08-28T13:30" "0 1"
-nowcasts night night_truth "2016-08-30T23:55,2016-08-31T00:05" "0 1 2"
+for case in afternoon0 afternoon1 night0 night1 night2; do
+    part=${case%[0-9]} domain=${case#"${case%[0-9]}"}
+    truth=afternoon times=2016-08-28T13:10,2016-08-28T13:20,2016-08-28T13:30
+    [ "$part" = afternoon ] || truth=night_truth times=2016-08-30T23:55,2016-08-31T00:05
+    appa-lite forecast experiment=radar_rain checkpoint="$OUT/denoiser/model" initial="$OUT/data/$part.zarr" trajectory="$domain" \
+        initial_time="[$times]" lead=25min out="$OUT/$case.nc"
+    appa-lite forecast experiment=radar_rain forecaster=advection initial="$OUT/data/$part.zarr" trajectory="$domain" \
+        initial_time="[$times]" lead=25min members=1 out="$OUT/${case}_advection.nc"
+    appa-lite verify experiment=radar_rain forecast="$OUT/$case.nc" name=latent_diffusion trajectory="$domain" \
+        "baselines={advection: $OUT/${case}_advection.nc}" truth="$OUT/data/$truth.zarr" thresholds="$OUT/data/train.zarr" \
+        checkpoint="$OUT/denoiser/model" verification=quick verification.spectra=true out="$OUT/scores/$case.json"
+done
 
 # one table of the five domains, the law without any observation beside what was observed, return levels of a longer record, pictures
 python launch/radar_rain_report.py "$DATA" "$OUT"
