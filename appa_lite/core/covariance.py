@@ -15,8 +15,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from appa_lite.core.errors import UserError
+from appa_lite.core.modes import blocks, leading_modes
 from appa_lite.core.temporal import DenseModes, RingModes, TemporalModes
 
+LARGEST_TAPER = 32768  #: rows; 9 GB
 RING = 3  #: stretches longer than so many times the lags are taken as rings
 
 
@@ -100,8 +103,16 @@ class SpaceTimeCovariance(nn.Module):
 
 
 def localisation(shape: tuple[int, int, int], periodic: tuple[bool, bool], length: float) -> Tensor:
-    """Taper (D, D) of the covariance of latents (Z, h, w): Gaspari and Cohn (1999), eq. 4.10, zero beyond 2 ``length`` cells."""
+    """Taper (D, D) of the covariance of latents (Z, h, w): Gaspari and Cohn (1999), eq. 4.10, zero beyond 2 ``length`` cells.
+
+    Raises:
+        UserError: so large a matrix does not fit.
+    """
     z, h, w = shape
+    if z * h * w > LARGEST_TAPER:
+        raise UserError(
+            f"localisation={length} needs a matrix of {z * h * w} rows, at most {LARGEST_TAPER} can be had: say localisation=null"
+        )
     squares = []
     for n, wraps in ((h, periodic[0]), (w, periodic[1])):
         apart = (torch.arange(n)[:, None] - torch.arange(n)[None, :]).abs().double()
@@ -125,20 +136,12 @@ def estimate_covariance(series: Tensor, modes: int, lags: int, taper: Tensor | N
     n, t, d = series.shape
     if n * t < 2:
         raise ValueError("a covariance needs at least two frames")
-    covariance = torch.zeros(d, d, dtype=torch.float64)
-    for trajectory in series:
-        x = trajectory.double()
-        covariance += x.T @ x
-    covariance /= n * t
-    if taper is not None:
-        covariance *= taper
-    values, vectors = torch.linalg.eigh(covariance)
     k = min(modes, d, n * t if taper is None else d)
-    basis = vectors.flip(-1)[:, :k].contiguous()
-    remainder = values.flip(-1)[k:].mean() if k < d else torch.zeros((), dtype=torch.float64)
+    values, basis, left = leading_modes(series, k, taper)
+    remainder = left / (d - k) if k < d else torch.zeros((), dtype=torch.float64)
     lags = min(lags, t)
-    components = torch.stack([trajectory.double() @ basis for trajectory in series])
+    components = torch.cat([x @ basis for _, x in blocks(series)]).reshape(n, t, k)
     autocovariance = torch.stack([(components[:, : t - lag] * components[:, lag:]).sum((0, 1)) / (n * t) for lag in range(lags)], dim=1)
     if taper is not None:  # the shape of the projected series' autocovariance, the variance of the tapered covariance
-        autocovariance *= (values.flip(-1)[:k].clamp(min=0) / autocovariance[:, 0].clamp(min=1e-12))[:, None]
+        autocovariance *= (values.clamp(min=0) / autocovariance[:, 0].clamp(min=1e-12))[:, None]
     return SpaceTimeCovariance(basis.float(), autocovariance.float(), remainder.clamp(min=0).float())

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from appa_lite.config import build, compose, directory, unknown
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec, Grid, Variable
+from appa_lite.core.modes import working_bytes
 from appa_lite.core.store import atomic
 from appa_lite.data.open import open_fields
 from appa_lite.models.autoencoder import SpatiotemporalAutoencoder
@@ -254,11 +255,12 @@ def _reanalysis(cfg: DictConfig, recipe: DenoiserRecipe, encoder: Autoencoder, d
     frames = max(cfg.latent_frames or recipe.window, recipe.window)
     windows = -(-(frames - recipe.window) // (recipe.window - overlap)) + 1
     forward, both = denoiser["flops_forward"][0], denoiser["flops"][0]
+    covariance = working_bytes(size, min(recipe.modes, size), recipe.localisation is not None)
     operations = chosen.sampler.steps * windows * (both if chosen.guidance.get("jacobian", True) else forward)
     return {
         "denoiser.modes": (4.0 * size * min(recipe.modes, size), "B"),
-        "denoiser.covariance": (costs.covariance_bytes(size), "B on the host, once"),
-        "denoiser.covariance_fits": ("yes" if costs.covariance_bytes(size) < HOST else "no: from the Gram matrix of some frames", ""),
+        "denoiser.covariance": (covariance, "B on the host, once"),
+        "denoiser.covariance_fits": ("yes" if covariance < HOST else "no: fewer modes, or localisation=null", ""),
         "reanalysis.windows": (windows, ""),
         "reanalysis.flops": (operations, "FLOP per member"),
         "reanalysis.seconds": (operations / speed, "s per member"),

@@ -266,9 +266,3 @@ def traffic(cost: StepCost, strategy: str, world: int, accumulate: int = 1) -> f
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def covariance_bytes(size: int) -> float:
-    """Bytes that the climatological covariance of ``size`` numbers a frame takes while its modes are found: the matrix and
-    its eigenvectors, in float64."""
-    return 2 * 8.0 * size**2
