@@ -36,6 +36,7 @@ HELPERS = {
         "ema",
         "emulator",
         "fully_shard",
+        "latents",
         "logs",
         "muon",
         "prepare",
@@ -46,7 +47,7 @@ HELPERS = {
         "strategy",
         "zero",
     },
-    "forecasters": {"designs", "ensemble", "initial", "laboratory", "latent_diffusion", "localisation", "posterior", "rollout"},
+    "forecasters": {"designs", "ensemble", "event_scores", "initial", "laboratory", "latent_diffusion", "localisation", "posterior", "rollout"},
     "stages": {"assimilation", "assimilation_twins", "comparison", "device", "event_laws", "heavy_tails", "matrix", "parallel", "prior", "rare_events", "twin"},
 }
 #: modules whose trade is to know the leaves: they read what is saved or tabulated and find its class, or chain commands

@@ -351,8 +351,12 @@ def test_muon_of_shards_is_muon(pair, alone):
     assert rows(out / "muon_again", "loss") == rows(out / "muon", "loss")
 
 
-def test_sigterm_to_the_launcher(tmp_path):
-    process = launch("cpu2", __file__, tmp_path, "slowly")
+@pytest.mark.parametrize("name", ["cpu2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3", "fsdp2"))])
+def test_sigterm_to_the_launcher(name, tmp_path):
+    """All save the same step and leave in time, none stays behind, and the same command goes on."""
+    if "zero" in name:
+        pytest.importorskip("deepspeed")
+    process = launch(name, __file__, tmp_path, "slowly")
     deadline = time.monotonic() + 120
     while len(rows(tmp_path, "loss")) < 3:
         assert time.monotonic() < deadline and process.poll() is None
@@ -360,8 +364,12 @@ def test_sigterm_to_the_launcher(tmp_path):
     process.send_signal(signal.SIGTERM)
     output = finish(process, 60)
     assert "stopped by SIGTERM" in output
-    assert checkpoints.find_last(tmp_path / "checkpoints").state["processes"] == 2
+    saved = checkpoints.find_last(tmp_path / "checkpoints").state
+    assert (saved["processes"], saved["strategy"]) == (2, STRATEGIES[name])
     assert not (tmp_path / "model").exists()
+    if name != "cpu2":
+        output = finish(launch(name, __file__, tmp_path, "slowly"))
+        assert f"from step {saved['step']}" in output or (tmp_path / "summary.json").exists(), output
 
 
 def test_a_launcher_that_would_train_once_is_refused(tmp_path):

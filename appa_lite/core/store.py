@@ -130,12 +130,13 @@ def _write(dataset: xr.Dataset, path: Path) -> None:
                 whole = encoding[name].get("shards") or encoding[name]["chunks"]
                 dataset[name] = variable.copy(data=variable.data.rechunk(whole))
         dataset.to_zarr(path, mode="w", zarr_format=3, encoding=encoding, consolidated=False, safe_chunks=False)
-        _consolidate(path)
+        consolidate(path)
     else:
         dataset.to_netcdf(path, engine="h5netcdf", encoding=_encoding(dataset, False))
 
 
-def _consolidate(path: Path) -> None:
+def consolidate(path: Path) -> None:
+    """Write the metadata of all arrays of a zarr group together, so that it opens with one read."""
     import zarr
 
     with warnings.catch_warnings():

@@ -12,12 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 from appa_lite.config import build, resolve
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec, to_seconds
+from appa_lite.core.store import digest
 from appa_lite.data.open import open_fields
 from appa_lite.data.windows import LazyFields
 from appa_lite.models.checkpoint import Checkpoint
+from appa_lite.stages.device import device
 from appa_lite.stages.prior import matching_fields
 from appa_lite.training.base import Recipe
 from appa_lite.training.data import Sample, TrainingData
+from appa_lite.training.latents import LatentStore
 from appa_lite.training.loop import TrainingConfig, train
 from appa_lite.training.profile import table
 
@@ -67,7 +70,8 @@ def _data(cfg: DictConfig, config: TrainingConfig) -> TrainingData:
         held, _ = _sample(cfg, cfg.validation or cfg.data, cfg.validation_period, spec)
     settings = {"experiment": cfg.experiment, "forcing_periods": list(cfg.forcing_periods), "phase": float(train.times[0] % spec.step)}
     record = json.loads(json.dumps({"seed": cfg.seed, "training": dataclasses.asdict(config)}))
-    return TrainingData(spec, train, held, base, OmegaConf.to_container(cfg.normalizer), settings, record)
+    store = LatentStore(Path(cfg.latents or Path(cfg.run).parent / "latents"), cfg.memory, device(cfg.device))
+    return TrainingData(spec, train, held, base, OmegaConf.to_container(cfg.normalizer), settings, record, store)
 
 
 def _sample(cfg: DictConfig, path: str, period: list | None, spec: FieldSpec | None) -> tuple[Sample, FieldSpec]:
@@ -78,8 +82,9 @@ def _sample(cfg: DictConfig, path: str, period: list | None, spec: FieldSpec | N
     else:
         dataset = matching_fields(path, spec, options)
     times = torch.from_numpy(to_seconds(dataset["time"].values))
+    source = digest(path) if Path(path).exists() else str(path)  # a store elsewhere is known by its address
     streamed = LazyFields(dataset, spec)
     if streamed.nbytes > cfg.memory:
-        return Sample(streamed, times), spec
+        return Sample(streamed, times, source), spec
     fields = spec.to_tensor(dataset)
-    return Sample(fields if fields.ndim == 5 else fields[None], times), spec
+    return Sample(fields if fields.ndim == 5 else fields[None], times, source), spec

@@ -1,5 +1,6 @@
 """What a training learns from: fields, their climatology, and the latents of an autoencoder."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,24 +14,27 @@ from appa_lite.data.windows import LazyFields
 from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.models.identity import IdentityAutoencoder
 from appa_lite.models.normalizer import Normalizer
+from appa_lite.training.latents import LatentStore, encode
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Some trajectories: fields (N, T, C, H, W) in physical units, in memory or streamed; times (T,) in seconds since 1970."""
+    """Some trajectories: fields (N, T, C, H, W) in physical units, in memory or streamed; times (T,) in seconds since 1970;
+    ``source``: a digest of the data they come from."""
 
     fields: Tensor | LazyFields
     times: Tensor
+    source: str = ""
 
     def part(self, trajectories: int, frames: slice) -> "Sample":
-        return Sample(self.fields[:trajectories, frames], self.times[frames])
+        return Sample(self.fields[:trajectories, frames], self.times[frames], self.source)
 
     def in_memory(self, limit: float = 2e9) -> "Sample":
         """Itself where it is in memory; of what is streamed, pieces evenly spread in time, ``limit`` bytes of them."""
         if isinstance(self.fields, Tensor):
             return self
         fields, places = self.fields.sample(limit)
-        return Sample(fields, self.times[places])
+        return Sample(fields, self.times[places], self.source)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class TrainingData:
         spec: of the fields; train: to learn from; held: never trained on; base: checkpoint of a trained autoencoder, or None.
         normalizer: settings of one to be fitted: ``periods``, and by variable ``transforms`` and ``offsets``.
         settings: stored with the model: experiment, forcing periods, phase of the frames; record: seed and settings of the training.
+        store: of latents, made once for all trainings; None: they stay in memory.
     """
 
     spec: FieldSpec
@@ -50,6 +55,7 @@ class TrainingData:
     normalizer: dict
     settings: dict
     record: dict
+    store: LatentStore | None = None
 
     def fit_normalizer(self) -> Normalizer:
         """The normaliser of the settings, with the climatology of the training fields."""
@@ -73,9 +79,7 @@ class TrainingData:
     ) -> tuple["LatentWindows", "LatentWindows"]:
         """Windows of latents to train and to validate on, ``strides`` latent frames between their starts; ``name`` is for errors."""
         stride = space.autoencoder.stride[0]
-        pairs = [
-            (encode(space, s.fields, s.times), s.times[: s.fields.shape[1] // stride * stride : stride]) for s in (self.train, self.held)
-        ]
+        pairs = [(self._latents(space, s), s.times[: s.fields.shape[1] // stride * stride : stride]) for s in (self.train, self.held)]
         shortest = min(latents.shape[1] for latents, _ in pairs)
         if shortest < frames:
             what = f"{name or f'window={frames}'} is longer than the data to train or validate on"
@@ -83,19 +87,32 @@ class TrainingData:
         made = [LatentWindows(z, space.forcing(t), frames, s) for (z, t), s in zip(pairs, strides, strict=True)]
         return made[0], made[1]
 
+    def _latents(self, space: Checkpoint, sample: Sample) -> Tensor | LazyFields:
+        """From the store, but for fields in memory that no network encodes."""
+        plain = isinstance(sample.fields, Tensor) and isinstance(space.autoencoder, IdentityAutoencoder)
+        if self.store is None or plain:
+            return torch.stack([encode(space, sample.fields, sample.times, n) for n in range(sample.fields.shape[0])])
+        return self.store.latents(space, sample.fields, sample.times, sample.source)
+
 
 class LatentWindows(Dataset):
     """Windows of latents: items {'latents': (T, Z, h, w), 'forcing': (T, P) if any, 'index'}.
 
     Args:
-        latents: (N, T, Z, h, w) trajectories; forcing: (T, P) of every frame, or None; frames: of a window; stride: between starts.
+        latents: (N, T, Z, h, w) trajectories, in memory or streamed; forcing: (T, P) of every frame, or None;
+        frames: of a window; stride: between starts.
     """
 
-    def __init__(self, latents: Tensor, forcing: Tensor | None, frames: int, stride: int = 1):
+    def __init__(self, latents: Tensor | LazyFields, forcing: Tensor | None, frames: int, stride: int = 1):
         if latents.shape[1] < frames:
             raise ValueError(f"trajectories of {latents.shape[1]} latent frames are shorter than a window of {frames}")
-        self.latents, self.forcing, self.frames = latents, forcing, frames
+        self.latents, self.forcing, self.frames, self.stride = latents, forcing, frames, stride
         self.starts = [(n, t) for n in range(latents.shape[0]) for t in range(0, latents.shape[1] - frames + 1, stride)]
+
+    @property
+    def block(self) -> int:
+        """Windows that are best visited together, for they are read together; 1 where that does not matter."""
+        return max(1, getattr(self.latents, "block", 1) // self.stride)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -105,21 +122,17 @@ class LatentWindows(Dataset):
         item = {"latents": self.latents[n, t : t + self.frames], "index": index}
         return item if self.forcing is None else item | {"forcing": self.forcing[t : t + self.frames]}
 
-
-@torch.no_grad()
-def encode(checkpoint: Checkpoint, fields: Tensor | LazyFields, times: Tensor, chunk: int = 64) -> Tensor:
-    """Latents (N, T', Z, h, w) of trajectories, in overlapping pieces so that the ends of a piece do not show."""
-    stride, reach = checkpoint.autoencoder.stride[0], 2 * checkpoint.autoencoder.reach
-    total, out = fields.shape[1] // stride, []
-    for n in range(fields.shape[0]):
-        parts = []
-        for start in range(0, total, chunk):
-            low, high = max(0, start - reach), min(total, start + chunk + reach)
-            piece = slice(low * stride, high * stride)
-            latents = checkpoint.autoencoder.encode(checkpoint.normalizer(fields[n, piece], times[piece])[None])
-            parts.append(latents[:, start - low : start - low + min(chunk, total - start)])
-        out.append(torch.cat(parts, dim=1)[0])
-    return torch.stack(out)
+    def series(self, frames: int, limit: float = 2e9) -> Tensor:
+        """The trajectories (N, T, Z, h, w) to take statistics from: all where they are in memory, else stretches of ``frames``
+        frames evenly spread over all, ``limit`` bytes of them."""
+        if isinstance(self.latents, Tensor):
+            return self.latents
+        count, total, *shape = self.latents.shape
+        frames = min(frames, total)
+        places = [(n, t) for n in range(count) for t in range(0, total - frames + 1, frames)]
+        most = min(len(places), max(1, int(limit / (4 * frames * math.prod(shape)))))
+        chosen = [places[i * len(places) // most] for i in range(most)]
+        return torch.stack([self.latents[n, t : t + frames] for n, t in chosen])
 
 
 def climatology(spec: FieldSpec, fields: Tensor) -> xr.Dataset:

@@ -71,11 +71,12 @@ class DenoiserRecipe(Recipe):
     """The latent video diffusion model, on the latents of a trained autoencoder.
 
     Args:
-        width, depth, heads, kernel, patch, spatial_attention, homogeneous, modes, lags: of ``LatentDenoiser``;
+        block, width, depth, heads, kernel, patch, spatial_attention, homogeneous, modes, lags: of ``LatentDenoiser``;
         window, window_stride: latent frames; noise: ``low`` and ``high`` noise levels, and how many ``levels`` are measured;
         localisation: latent cells, of the climatological covariance; half: store in half precision.
     """
 
+    block: str = "attention"
     width: int = 96
     depth: int = 6
     heads: int = 4
@@ -92,11 +93,13 @@ class DenoiserRecipe(Recipe):
     half: bool = False
 
     def prepare(self, data: TrainingData) -> tuple[DenoiserTraining, LatentWindows, LatentWindows]:
+        if self.block not in ("attention", "convolution"):
+            raise UserError(f"trainable.block={self.block}: expected attention or convolution")
         if data.base is None:
             raise UserError("trainable=denoiser needs autoencoder=DIR, the model directory of a trained autoencoder")
         space = data.space()
         windows, held = data.latent_windows(space, self.window, (self.window_stride, max(1, self.window // 4)))
-        model = self._model(space, windows.latents.flatten(2))
+        model = self._model(space, windows.series(4 * self.lags).flatten(2))
         record = data.record | {"train_windows": len(windows)}
         settings = {"denoiser": record, "window": self.window}
         return DenoiserTraining(model, space, self.noise["low"], self.noise["high"], held, settings, self.half), windows, held
@@ -124,6 +127,7 @@ class DenoiserRecipe(Recipe):
                 modes,
                 lags,
                 levels,
+                self.block,
             )
         mean = latents.mean((0, 1))
         taper = None if self.localisation is None else localisation(shape, periodic, self.localisation)

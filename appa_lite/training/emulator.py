@@ -147,7 +147,7 @@ class EmulatorRecipe(Recipe):
 
     def measure(self, model: Emulator, windows: LatentWindows, held: LatentWindows) -> None:
         """Set what is known before the training: the standard deviation of increments, per channel."""
-        set_scale(model, windows.latents.diff(dim=1))
+        set_scale(model, windows.series(64).diff(dim=1))
 
 
 def set_scale(model: Emulator, changes: Tensor) -> None:
