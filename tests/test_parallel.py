@@ -104,6 +104,22 @@ def test_what_another_rank_made_is_merged(ring, command, monkeypatch):
     assert not list(ring.glob(f".{name}1*partial*"))
 
 
+def test_candidates_of_tune_are_shared(ring, monkeypatch, capsys):
+    monkeypatch.chdir(ring)
+    grid = "grid={radius: [4.0, 20.0], inflation: [1.0, 1.05]}"
+    tune = ["tune", "experiment=lorenz96", "size=debug", "forecaster=letkf", "truth=truth.zarr", "observations=observations.parquet"]
+    tune += ["members=4", grid]
+    assert cli.main([*tune, "out=one.json"]) == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main([*tune, "out=two.json"]) == 0
+        assert (ring / "two.json").exists() == (rank == "0")
+    one, two = ([r | {"seconds": 0} for r in json.loads((ring / f"{name}.json").read_text())] for name in ("one", "two"))
+    assert one == two and len(one) == 4 and capsys.readouterr().out.count("best: ") == 2
+    assert not list(ring.glob(".two*partial*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [FILTER, FORECAST, SIMULATE], ids=lambda c: c[0])
 def test_one_process_and_two_of_every_command(ring, command):

@@ -14,8 +14,9 @@ from appa_lite.config import compose
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import to_seconds
 from appa_lite.core.store import atomic, open_dataset
+from appa_lite.forecasters.base import Progress
 from appa_lite.stages import assimilation, reanalysis
-from appa_lite.stages.parallel import Work
+from appa_lite.stages.parallel import Part, Work, packed, unpacked
 from appa_lite.verification.tables import check_table_path, dumps
 
 Record = dict[str, object]
@@ -30,21 +31,30 @@ def run(cfg: DictConfig) -> None:
     tried = [_with(base, setting) for setting in grid]
     paths = assimilation.files(cfg.observations)
     table = assimilation.read_files(paths, assimilation.table_options(base))
-    records: list[Record] = []
-    failure = None
-    for setting, chosen in zip(grid, tried, strict=True):
-        began = time.monotonic()
+
+    def attempt(i: int, progress: Progress) -> Part:
+        began, failure = time.monotonic(), None
         try:
-            scores = _scores(reanalysis.analyse(chosen, table, paths, Work())[0], truth, cfg)
+            scores = _scores(reanalysis.analyse(tried[i], table, paths, Work())[0], truth, cfg)
             note = ", ".join(f"{name} {score['rmse']:.4g}" for name, score in scores.items())
         except UserError as error:  # members that blow up are a result
-            failure, note = error, f"failed: {error}"
+            failure, note = str(error), f"failed: {error}"
             scores = {"": {"rmse": None, "spread_skill": None, "relative": None}}
         seconds = round(time.monotonic() - began, 3)
-        records += [setting | {"variable": name} | score | {"seconds": seconds} for name, score in scores.items()]
-        print(f"{_words(base, setting)}: {note} ({seconds:.0f} s)", flush=True)
+        print(f"{_words(base, grid[i])}: {note} ({seconds:.0f} s)", flush=True)
+        return {"tried": packed([failure, [{"variable": name} | score | {"seconds": seconds} for name, score in scores.items()]])}
+
+    with Work.of(cfg, [*paths, cfg.truth]) as work:
+        parts = work.map(len(grid), attempt)
+        if parts is not None:
+            _conclude(cfg, base, grid, [unpacked(part["tried"]) for part in parts])
+
+
+def _conclude(cfg: DictConfig, base: DictConfig, grid: list[dict[str, object]], tried: list[tuple[str | None, list[Record]]]) -> None:
+    """The table of all that was tried, and the best of it."""
+    records = [setting | score for setting, (_, scores) in zip(grid, tried, strict=True) for score in scores]
     if all(record["rmse"] is None for record in records):
-        raise UserError(f"no setting of the grid worked; the last: {failure}")
+        raise UserError(f"no setting of the grid worked; the last: {tried[-1][0]}")
     best = _best(records, grid)
     for record in records:
         record["best"] = all(record[key] == value for key, value in best.items())
