@@ -20,6 +20,7 @@ from appa_lite.simulators.base import states, trajectories
 from appa_lite.simulators.cam_field import CamField
 from appa_lite.simulators.random_fields import PeriodicField
 from appa_lite.stages import tails
+from appa_lite.verification.tail_figures import tail_table
 
 DOUBLE = torch.float64
 
@@ -221,6 +222,22 @@ def test_the_meta_gaussian_proxy_has_the_tail_without_a_network():
     torch.testing.assert_close(ratio, torch.ones(2, dtype=DOUBLE), atol=0.1, rtol=0)
 
 
+def test_the_table_judges_means_over_seeds_and_says_what_was_missed():
+    def rows(prior: str, *values: float) -> list[dict]:
+        wanted = [("shape", 0.99, 0.25), ("quantile_ratio", 0.999, 1.0)]
+        return [
+            {"prior": prior, "seed": seed, "metric": metric, "level": level, "value": value * true, "truth": true}
+            for seed, value in enumerate(values)
+            for metric, level, true in wanted
+        ]
+
+    text = tail_table(rows("good", 0.85, 1.05) + rows("short", 0.8, 0.85), {"shape": 0.08, "q999": 0.1}).splitlines()
+    assert "0.95 ± 0.14" in text[2] and "0.83 ± 0.04" in text[3]
+    assert text[4:] == ["asked: shape 0.17 to 0.33, q999 0.90 to 1.10", "good          keeps all", "short         misses q999 (0.83)"]
+    assert "misses shape (nan)" in tail_table(rows("few", 1.0)[1:], {"shape": 0.08})
+    assert "asked" not in tail_table(rows("good", 1.0), {})
+
+
 # The command
 
 
@@ -242,6 +259,8 @@ def test_tails_end_to_end_and_goes_on_where_it_stopped(tmp_path, capsys):
         LatentDiffusion(model, MomentMatching(), ExponentialAdamsBashforth(4))
 
 
-def test_tails_refuses_a_prior_that_is_none():
+def test_tails_refuses_what_is_no_prior_and_no_bound():
+    with pytest.raises(UserError, match="bounds=.*expected distances of some of shape"):
+        tails.run(compose("tails", ["experiment=advected_rain", "size=debug", "out=out", "+bounds.shapes=0.1"]))
     with pytest.raises(UserError, match="priors="):
         tails.run(compose("tails", ["experiment=advected_rain", "size=debug", "out=out", "priors=[edn]"]))

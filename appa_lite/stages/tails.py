@@ -18,7 +18,7 @@ from appa_lite.core.store import atomic, provenance
 from appa_lite.forecasters.tail_laboratory import Record, Summary, draw_fields, snapshots, tail_scores
 from appa_lite.simulators.base import Simulator
 from appa_lite.stages.heavy_tails import PRIORS, Fitted, fit_prior
-from appa_lite.verification.tail_figures import tail_figure, tail_table
+from appa_lite.verification.tail_figures import COLUMNS, tail_figure, tail_table
 
 
 def run(cfg: DictConfig) -> None:
@@ -26,6 +26,8 @@ def run(cfg: DictConfig) -> None:
     unknown = [name for name in cfg.priors if name not in PRIORS]
     if unknown or not cfg.priors:
         raise UserError(f"priors={list(cfg.priors)}: expected some of {', '.join(PRIORS)}")
+    if set(cfg.bounds) - set(COLUMNS):
+        raise UserError(f"bounds={dict(cfg.bounds)}: expected distances of some of {', '.join(COLUMNS)}")
     if min(cfg.seeds, cfg.spacing) < 1 or min(cfg.snapshots, cfg.generated) < 20:
         raise UserError(f"seeds={cfg.seeds}, spacing={cfg.spacing}, snapshots={cfg.snapshots}, generated={cfg.generated}: too few")
     out, simulator = Path(cfg.out), build(cfg.simulator, Simulator)
@@ -51,7 +53,7 @@ def run(cfg: DictConfig) -> None:
     records = [{key: None if isinstance(v, float) and math.isnan(v) else v for key, v in r.items()} for r in records]
     what = cfg.experiment or cfg.simulator["class"].rsplit(".", 1)[-1]
     title = f"{what}: {cfg.snapshots} snapshots, {cfg.seeds} seed{'s' * (cfg.seeds > 1)}"
-    table = tail_table(records)
+    table = tail_table(records, dict(cfg.bounds))
     files = {
         "tails.json": json.dumps(records, indent=0).encode(),
         "tails.csv": _csv(records),

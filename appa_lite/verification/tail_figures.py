@@ -1,6 +1,7 @@
 """Tails as pictures and tables: generated quantiles against those of the true law."""
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -8,27 +9,43 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 Record = dict[str, object]
-COLUMNS = (
-    ("shape", 0.99), ("quantile_ratio", 0.99), ("quantile_ratio", 0.999), ("quantile_ratio", 0.9999), ("mass_ratio", 0.99), ("chi", 0.99),
-    ("area_mean_ratio", 0.999), ("maximum_ratio", 0.99),
-)  # fmt: skip
+#: what the table shows, by the name of the column
+COLUMNS = {
+    "shape": ("shape", 0.99), "q99": ("quantile_ratio", 0.99), "q999": ("quantile_ratio", 0.999), "q9999": ("quantile_ratio", 0.9999),
+    "mass": ("mass_ratio", 0.99), "chi": ("chi", 0.99), "area_q999": ("area_mean_ratio", 0.999), "max_q99": ("maximum_ratio", 0.99),
+}  # fmt: skip
 
 
-def tail_table(records: Sequence[Record]) -> str:
-    """Means over the seeds, and their range where there are several; the truth in the first line."""
-    names = [f"{metric} {100 * level:g}%" for metric, level in COLUMNS]
-    width = max(len(n) for n in names) + 2
-    lines = [f"{'':14}" + "".join(f"{n:>{width}}" for n in names)]
-    first = {(r["metric"], r["level"]): r["truth"] for r in records}
-    lines.append(f"{'truth':14}" + "".join(f"{first[c] or float('nan'):>{width}.2f}" for c in COLUMNS))
-    for prior in dict.fromkeys(r["prior"] for r in records):
-        cells = []
-        for metric, level in COLUMNS:
-            values = [r["value"] for r in records if (r["prior"], r["metric"], r["level"]) == (prior, metric, level)]
-            values = [v for v in values if v is not None] or [float("nan")]
-            spread = f" ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else ""
-            cells.append(f"{sum(values) / len(values):.2f}{spread}")
-        lines.append(f"{prior:14}" + "".join(f"{c:>{width}}" for c in cells))
+def over_seeds(records: Sequence[Record]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """(mean, standard deviation, truth) over the seeds, by prior and column; NaN where a number is missing."""
+    found: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for prior in dict.fromkeys(str(r["prior"]) for r in records):
+        for name, column in COLUMNS.items():
+            rows = [r for r in records if (r["prior"], r["metric"], r["level"]) == (prior, *column)]
+            values, truths = (torch.tensor([float("nan") if r[k] is None else r[k] for r in rows]).double() for k in ("value", "truth"))
+            spread = float(values.std()) if len(values) > 1 else float("nan")
+            found.setdefault(prior, {})[name] = float(values.mean()), spread, float(truths.mean())
+    return found
+
+
+def tail_table(records: Sequence[Record], bounds: Mapping[str, float]) -> str:
+    """Means and standard deviations over the seeds below the truth, and which of the ``bounds`` on their distance each prior keeps.
+
+    Args:
+        records: of ``tail_scores`` with ``prior`` and ``seed``; bounds: |mean - truth| by column, as far as any is asked for.
+    """
+    found = over_seeds(records)
+    truth = {name: true for name, (_, _, true) in next(iter(found.values())).items()}
+    lines = [f"{'':14}" + "".join(f"{name:>13}" for name in COLUMNS)]
+    lines.append(f"{'truth':14}" + "".join(f"{true:>13.2f}" for true in truth.values()))
+    for prior, row in found.items():
+        cells = [f"{mean:.2f}" + ("" if math.isnan(spread) else f" ± {spread:.2f}") for mean, spread, _ in row.values()]
+        lines.append(f"{prior:14}" + "".join(f"{cell:>13}" for cell in cells))
+    asked = ", ".join(f"{name} {truth[name] - by:.2f} to {truth[name] + by:.2f}" for name, by in bounds.items())
+    lines += [f"asked: {asked}"] * bool(bounds)
+    for prior, row in found.items() if bounds else ():
+        missed = [f"{name} ({row[name][0]:.2f})" for name, by in bounds.items() if not abs(row[name][0] - row[name][2]) <= by]
+        lines.append(f"{prior:14}" + (f"misses {', '.join(missed)}" if missed else "keeps all"))
     return "\n".join(lines)
 
 
@@ -47,7 +64,7 @@ def tail_figure(samples: Mapping[str, Tensor], records: Sequence[Record], quanti
     left.set(xscale="log", yscale="log", xlabel="probability of being exceeded", ylabel="value")
     left.invert_xaxis()
     left.legend(frameon=False, fontsize=8)
-    levels = [level for metric, level in COLUMNS if metric == "quantile_ratio"]
+    levels = [level for metric, level in COLUMNS.values() if metric == "quantile_ratio"]
     priors = list(dict.fromkeys(r["prior"] for r in records))
     for k, prior in enumerate(priors):
         for i, level in enumerate(levels):
