@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from appa_lite.nn.blocks import Attention, SpaceTimeBlock, SpatialConv, TemporalConv, pad, shift
+from appa_lite.nn.blocks import Attention, ConvolutionBlock, SpaceTimeBlock, SpaceTimeConv, SpatialConv, TemporalConv, pad, shift
 
 
 def test_shift_looks_ahead_and_repeats_the_ends():
@@ -99,3 +99,41 @@ def test_a_block_takes_a_condition_per_frame():
     x, one = torch.randn(2, 5, 1, 6, 8), torch.randn(2, 1, 8)
     torch.testing.assert_close(block(x, one), block(x, one.expand(2, 5, 8)))
     assert not torch.allclose(block(x, torch.randn(2, 5, 8)), block(x, one), atol=1e-2)
+
+
+def test_a_joint_convolution_is_the_space_time_sum_with_its_boundaries():
+    torch.manual_seed(0)
+    layer = SpaceTimeConv(2, 3, (3, 3, 3), (False, True)).double()
+    x = torch.randn(1, 2, 4, 5, 6, dtype=torch.float64)
+    rows, frames = (torch.arange(-1, n + 1).clamp(0, n - 1) for n in (5, 4))
+    padded = x[:, :, frames][:, :, :, rows][..., torch.arange(-1, 7) % 6]
+    windows = padded.unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1)
+    expected = torch.einsum("bcthwijk,ocijk->bothw", windows, layer.conv.weight) + layer.conv.bias[:, None, None, None]
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_convolution_block_starts_as_the_identity_and_moves_with_a_periodic_axis():
+    torch.manual_seed(0)
+    block = ConvolutionBlock(6, (1, 5), (False, True)).double()
+    x, condition = torch.randn(2, 5, 1, 8, 6, dtype=torch.float64), torch.randn(2, 1, 6, dtype=torch.float64)
+    assert torch.equal(block(x, condition), x)
+    block(x, condition).square().sum().backward()
+    assert block.modulation.bias.grad.reshape(3, 6)[2].abs().amin() > 0  # the gate can open
+    torch.nn.init.normal_(block.modulation.weight)
+    torch.testing.assert_close(block(x.roll(3, -2), condition), block(x, condition).roll(3, -2))
+    torch.testing.assert_close(block(x, condition.expand(2, 5, 6)), block(x, condition))
+
+
+def test_a_convolution_block_holds_advection_exactly():
+    """x_k' = (x_{k+1} - x_{k-2}) x_{k-1}, Lorenz-96's: one product of two linear maps of neighbours."""
+    block = ConvolutionBlock(1, (1, 5), (False, True)).double()
+    for parameter in block.parameters():
+        torch.nn.init.zeros_(parameter)
+    with torch.no_grad():
+        first, second = block.first.conv.weight, block.second.conv.weight
+        first[0, 0, 1, 0, 3], first[0, 0, 1, 0, 0], first[2, 0, 1, 0, 1] = 1.0, -1.0, 1.0  # channels 0, 1 times 2, 3
+        second[0, 0, 1, 0, 2] = 1.0
+    y = torch.randn(1, 3, 1, 40, 1, dtype=torch.float64)
+    a, b = block.first(y.movedim(-1, 1)).chunk(2, dim=1)
+    tendency = (y.roll(-1, -2) - y.roll(2, -2)) * y.roll(1, -2)
+    torch.testing.assert_close(block.second(a * b).movedim(1, -1), tendency)

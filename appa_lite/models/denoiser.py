@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from appa_lite.core.covariance import SpaceTimeCovariance
-from appa_lite.nn.blocks import SpaceTimeBlock
+from appa_lite.nn.blocks import ConvolutionBlock, SpaceTimeBlock
 
 
 class LatentDenoiser(ModelMixin, ConfigMixin):
@@ -21,19 +21,19 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
 
     G is the exact denoiser of the Gaussian with the climatological space-time covariance C of the training latents:
     the preconditioning of EDM (Karras et al. 2022, table 1), whose c_skip and c_out this is for C = sigma_data^2,
-    with a covariance where EDM has one number. F (convolutions and attention over space and time) learns the rest;
-    with F = 0 the prior is the Gaussian of optimal interpolation.
+    with a covariance where EDM has one number. F learns the rest: of blocks with attention over space and time, or of joint
+    space-time convolutions. With F = 0 the prior is the Gaussian of optimal interpolation.
 
     Args:
         latent_shape: (Z, h, w); frames: T of a training window; width, depth, heads: of F; kernel: of its convolutions;
-        patch: latent rows and columns that one token of F holds;
-        periodic: (rows, columns) wrap around; spatial_attention: attention over space in every second block;
+        patch: latent rows and columns that one token of F holds; periodic: (rows, columns) wrap around;
+        block: ``attention`` or ``convolution``; spatial_attention: over space too, in every second block with attention;
         homogeneous: True where every place is alike (a ring), else F knows where it is;
         forcings: numbers per frame known in advance (time of day, of year); modes, lags: of C;
         noise_levels: levels at which ``residual_ratio`` is measured.
     """
 
-    _repeated_blocks = ["SpaceTimeBlock"]  #: units of sharding, compilation and recomputation
+    _repeated_blocks = ["SpaceTimeBlock", "ConvolutionBlock"]  #: units of sharding, compilation and recomputation
 
     @register_to_config
     def __init__(
@@ -52,6 +52,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
         modes: int = 1024,
         lags: int = 64,
         noise_levels: Sequence[float] = (),
+        block: str = "attention",
     ):
         super().__init__()
         z, h, w = latent_shape
@@ -69,10 +70,12 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
         self.frequencies = Timesteps(d, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.embedding = TimestepEmbedding(d, d)
         self.forcing = nn.Linear(forcings, d) if forcings else None
-        kernels = (kernel if h // q > 1 else 1, kernel)
-        self.blocks = nn.ModuleList(
-            [SpaceTimeBlock(d, heads, kernels, tuple(periodic), frames, spatial_attention and i % 2 == 1) for i in range(depth)]
-        )
+        kernels, wraps = (kernel if h // q > 1 else 1, kernel), tuple(periodic)
+        if block == "convolution":
+            blocks: list[nn.Module] = [ConvolutionBlock(d, kernels, wraps) for _ in range(depth)]
+        else:
+            blocks = [SpaceTimeBlock(d, heads, kernels, wraps, frames, spatial_attention and i % 2 == 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(d)
         self.outputs = nn.Linear(d, z * q * r)
         nn.init.zeros_(self.outputs.weight)

@@ -116,3 +116,44 @@ class SpaceTimeBlock(nn.Module):
         if self.spatial is not None:
             out = out + self.spatial(x.reshape(b, t, h * w, d)).reshape(b, t, h, w, d)
         return out
+
+
+class SpaceTimeConv(nn.Module):
+    """A joint convolution in time and space, (B, C, T, h, w) to (B, outputs, T, h, w); the ends of a window repeat."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int], periodic: tuple[bool, bool]):
+        super().__init__()
+        self.amount, self.periodic = tuple(k // 2 for k in kernel), (False, *periodic)
+        self.conv = nn.Conv3d(inputs, outputs, kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for wraps, mode in ((False, "replicate"), (True, "circular")):
+            amount = [n if w == wraps else 0 for n, w in zip(self.amount, self.periodic, strict=True)]
+            if any(amount):
+                x = F.pad(x, [n for n in reversed(amount) for _ in range(2)], mode=mode)
+        return self.conv(x)
+
+
+class ConvolutionBlock(nn.Module):
+    """Two joint convolutions in space and time with a product between them, residual, behind an adaptive layer norm.
+
+        x += g W2 * ((W1 * y) (V1 * y)),    y = adaLN(x)
+
+    The product of two linear maps (a bilinear unit: Dauphin et al. 2017, Shazeer 2020) is what advection and other quadratic
+    dynamics are made of. The gate g is zero at first (adaLN-zero, Peebles and Xie 2023): the block starts as the identity.
+    """
+
+    def __init__(self, width: int, kernel: tuple[int, int], periodic: tuple[bool, bool]):
+        super().__init__()
+        self.modulation = nn.Linear(width, 3 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        self.first = SpaceTimeConv(width, 4 * width, (3, *kernel), periodic)
+        self.second = SpaceTimeConv(2 * width, width, (3, *kernel), periodic)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Tokens (B, T, h, w, d), conditioning (B, T, d) or (B, 1, d)."""
+        scale, shift, gate = self.modulation(F.silu(condition))[:, :, None, None].chunk(3, dim=-1)
+        y = F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+        a, b = self.first(y.movedim(-1, 1)).chunk(2, dim=1)
+        return x + gate * self.second(a * b).movedim(1, -1)
