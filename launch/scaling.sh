@@ -2,9 +2,9 @@
 # The tables of docs/planning.md: launch/scaling.sh OUT [sizes | fit | processes | all]
 #   sizes      time of a training step from debug to base, beside what `plan` says of it
 #   fit        time of a step against cells and frames, and a law fitted to it
-#   processes  a reanalysis on one process and on two, in turns, one thread each
+#   processes  a reanalysis on one process, on two, and as two that do not know of each other, in turns, one thread each
 set -euo pipefail
-out=${1:?usage: launch/scaling.sh OUT [sizes|fit|processes|all]} what=${2:-all}
+out=${1:?usage: launch/scaling.sh OUT [sizes|fit|processes|all] [REPETITIONS]} what=${2:-all} repetitions=${3:-3}
 here=$(cd "$(dirname "$0")/.." && pwd)
 export OMP_NUM_THREADS=1
 mkdir -p "$out"
@@ -33,12 +33,19 @@ if [[ $what == processes || $what == all ]]; then
   appa-lite observe experiment=lorenz96 truth="$out/truth.zarr" out="$out/observations.parquet"
   work=(reanalysis experiment=lorenz96 checkpoint="$here/checkpoints/lorenz96" observations="$out/observations.parquet"
     batch=2 device=cpu)
+  one() { python -m appa_lite "${work[@]}" members="$1" out="$out/one${2-}.zarr" >/dev/null 2>&1; }
+  two() { accelerate launch --config_file "$here/launch/accelerate/cpu2.yaml" -m appa_lite "${work[@]}" members="$1" \
+    out="$out/two.zarr" >/dev/null 2>&1; }
+  apart() { one $(($1 / 2)) a & one $(($1 / 2)) b && wait $!; } # what the machine gives to two processes
   : >"$out/seconds.txt"
   TIMEFORMAT='%R %U %S'
-  for members in 4 16; do # the difference is free of what it takes to start
-    { time python -m appa_lite "${work[@]}" members="$members" out="$out/one.zarr" >/dev/null 2>&1; } 2>>"$out/seconds.txt"
-    { time accelerate launch --config_file "$here/launch/accelerate/cpu2.yaml" -m appa_lite "${work[@]}" members="$members" \
-      out="$out/two.zarr" >/dev/null 2>&1; } 2>>"$out/seconds.txt"
+  for ((i = 0; i < repetitions; i++)); do
+    for members in 4 16; do # the difference is free of what it takes to start
+      for way in one two apart; do
+        { time "$way" "$members"; } 2>"$out/time.txt"
+        echo "$way $members $(cat "$out/time.txt")" >>"$out/seconds.txt"
+      done
+    done
   done
 fi
 
@@ -76,8 +83,21 @@ for model in ("autoencoder", "denoiser") if found else ():
     print(f"{model}: seconds = {fixed:.3g} + FLOP / {1 / each:.3g}, within {100 * error:.0f} %")
 
 if (out / "seconds.txt").exists():
-    few_one, few_two, one, two = np.loadtxt(out / "seconds.txt") @ [[1, 0], [0, 1], [0, 1]]  # by the clock, of the processors
-    print("4 and 16 members, one process:", few_one, one, "two:", few_two, two, "(seconds by the clock, of the processors)")
-    clock, busy = (one - few_one) / (two - few_two)
-    print(f"12 members more: efficiency {clock / 2:.2f} by the clock, {busy:.2f} of the processors; with the start {one[0] / two[0] / 2:.2f}")
+    lines = [line.split() for line in (out / "seconds.txt").read_text().splitlines()]
+    seconds = {}  # by way and members, one row a repetition: by the clock, of the processors
+    for way, members, clock, user, system in lines:
+        seconds.setdefault((way, int(members)), []).append((float(clock), float(user) + float(system)))
+    seconds = {key: np.array(rows) for key, rows in seconds.items()}
+    more = {way: seconds[way, 16] - seconds[way, 4] for way in ("one", "two", "apart")}  # 12 members more
+    for way, rows in more.items():
+        print(f"12 members more, {way}:", *(f"{clock:.1f} ({busy:.1f})" for clock, busy in rows), "seconds by the clock (of the processors)")
+    told = {
+        "by the clock": more["one"][:, 0] / (2 * more["two"][:, 0]),
+        "of the processors": more["one"][:, 1] / more["two"][:, 1],
+        "by the clock, of two that know nothing of each other": more["one"][:, 0] / (2 * more["apart"][:, 0]),
+        "of sharing: two apart over two together": more["apart"][:, 0] / more["two"][:, 0],
+        "by the clock, 16 members with the start": seconds["one", 16][:, 0] / (2 * seconds["two", 16][:, 0]),
+    }
+    for what, values in told.items():
+        print(f"efficiency {what}: median {np.median(values):.2f} of", *(f"{value:.2f}" for value in values))
 PYTHON
