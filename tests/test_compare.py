@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,8 +15,9 @@ from appa_lite.cli import main
 from appa_lite.core.errors import UserError
 from appa_lite.core.store import open_dataset
 from appa_lite.simulators.lorenz96 import Lorenz96
+from appa_lite.simulators.lorenz96_two_scale import Lorenz96TwoScale
 from appa_lite.stages.matrix import Job, Matrix
-from appa_lite.stages.twin import Design, forecast_dataset, oracle, truths
+from appa_lite.stages.twin import Design, analysed, forecast_dataset, oracle, truths
 from appa_lite.verification.comparison import Trial, climatological_ensemble, mean_crps, score_trials, summary
 from appa_lite.verification.comparison_page import comparison_page
 from appa_lite.verification.verify import Verification
@@ -92,6 +92,20 @@ def test_forecasts_of_several_truths_share_a_time_axis():
     np.testing.assert_allclose(dataset[name].isel(time=4, prediction_timedelta=3, number=0), truth[name].sel(time=valid))
 
 
+@pytest.mark.parametrize("simulator", [Lorenz96(spinup=100), Lorenz96TwoScale(spinup=60, steps_per_frame=5)], ids=["one", "two"])
+def test_truths_are_exchangeable_with_members_where_states_are_known_with_an_error(simulator):
+    design = Design(trajectories=40, starts=3, spacing=12, history=2, lead=6, members=3, begin=0.0)
+    drawn = analysed(simulator, design, 0.2, 1, None, silent)
+    assert drawn.shape == (40, 3, 4, 8, *simulator.spec.shape)
+    first = drawn[:, :, :, 0]
+    assert float((first - first.mean(2, keepdim=True)).std()) == pytest.approx(0.2 * 0.75**0.5, rel=0.05)
+    ranks = (drawn[:, :, 1:, -1] < drawn[:, :, :1, -1]).sum(2)
+    share = torch.bincount(ranks.flatten(), minlength=4) / ranks.numel()
+    assert (share - 0.25).abs().max() < 0.06
+    with pytest.raises(UserError, match="spacing"):
+        analysed(simulator, Design(1, 2, 1, 2, 1, 2, 0.0), 0.2, 1, None, silent)
+
+
 @pytest.mark.parametrize("wrong", [{"starts": 0}, {"members": 1}, {"lead": 0}])
 def test_a_design_without_forecasts_is_refused(wrong):
     with pytest.raises(UserError, match="at least"):
@@ -115,7 +129,6 @@ def test_jobs_that_are_done_are_not_run_again_and_failures_name_their_log(tmp_pa
 
 def test_workers_do_not_outlive_who_started_them(tmp_path):
     program = f"""
-from pathlib import Path
 from appa_lite.stages.matrix import Job, Matrix
 if __name__ == "__main__":
     line = ("simulate", "experiment=lorenz96", "frames=100000", "trajectories=1", "out={tmp_path / "a.zarr"}")
@@ -125,10 +138,11 @@ if __name__ == "__main__":
     started = subprocess.Popen([sys.executable, str(tmp_path / "program.py")], stderr=subprocess.DEVNULL)
     log = tmp_path / "jobs" / "a.log"
     wait_for(log.exists)
-    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    children = [pid for pid, parent, _ in processes() if parent == str(started.pid)]
+    assert children
     started.kill()
     started.wait()
-    wait_for(lambda: not any(_alive(child) for child in children))
+    wait_for(lambda: not {pid for pid, _, state in processes() if not state.startswith("Z")} & set(children))
 
 
 def wait_for(done, seconds: float = 90.0) -> None:
@@ -138,11 +152,10 @@ def wait_for(done, seconds: float = 90.0) -> None:
         time.sleep(0.2)
 
 
-def _alive(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except OSError:
-        return False
+def processes() -> list[list[str]]:
+    """(id, parent's id, state) of all processes, by the ``ps`` of POSIX."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True)
+    return [line.split()[:3] for line in listed.stdout.splitlines()]
 
 
 # The table
@@ -170,6 +183,9 @@ def worlds(rng: np.random.Generator, starts: int = 24, members: int = 6):
     return {name: make(share) for name, share in names.items()}, truth, training
 
 
+TEST = {"trajectories": 1, "starts": 24, "members": 6, "lead": 2, "analysis_error": None}
+
+
 def trials() -> list[Trial]:
     kinds = [("good", 0), ("poor", 0), ("good", 1), ("poor", 1)]
     return [Trial(f, s, f"{f}-{s}", 0.01, 500, 10.0, 0.5, 20.0, 1000) for f, s in kinds] + [
@@ -180,7 +196,7 @@ def trials() -> list[Trial]:
 def test_the_table_and_page_of_a_comparison():
     forecasts, truth, training = worlds(np.random.default_rng(0))
     scorer = Verification(replicates=100, views=["mean5"], quantiles=[0.95])
-    records = score_trials(scorer, forecasts, truth, training, trials(), "good")
+    records, details = score_trials(scorer, forecasts, truth, training, trials(), "good")
     columns = {tuple(r) for r in records}
     assert len(columns) == 1 and {"seed", "system", "seconds_train", "network_calls", "seed_std"} < set(next(iter(columns)))
     found = {(r["system"], r["variable"], r["metric"], r["lead_time"]): r for r in records if r["seed"] is None}
@@ -194,10 +210,12 @@ def test_the_table_and_page_of_a_comparison():
     page = comparison_page(
         records,
         trials(),
-        {"experiment": "x", "test": {"trajectories": 1, "starts": 24, "members": 6}, "seeds": 2, "reference": "good"},
+        {"experiment": "x", "test": TEST, "seeds": 2, "reference": "good", "free": {"runs": 0, "frames": 1, "periods": []}},
         ["a"],
+        details,
     )
-    assert all(word in page for word in ("CRPS skill", "worse", "Extremes", "network calls", "v mean5"))
+    assert all(word in page for word in ("CRPS skill", "worse", "Extremes", "network calls", "v mean5", "all leads together"))
+    assert all(word in page for word in ("rank of the truth", "share of members", "relative economic value", "wavenumber"))
     assert "good" in summary(records, trials())
 
 
@@ -215,12 +233,16 @@ def test_the_climatological_ensemble_has_the_law_of_the_training_data():
 
 
 def test_compare_from_the_command_line(tmp_path, capsys):
-    families = "families={next_state_diffusion: null, flow_residual: null, deterministic: null}"
+    families = "families={next_state_diffusion: null, flow_residual: null, latent_diffusion: null}"
     line = ["compare", "experiment=lorenz96_compare", "size=debug", "budget=3s", f"out={tmp_path / 'c'}", families]
     assert main(line) == 0
     out = tmp_path / "c"
     records = json.loads((out / "scores.json").read_text())
-    assert {r["system"] for r in records} == {"latent_diffusion", "fgn", "fgn_ensemble", "oracle", "climatology", "persistence"}
+    learned = {"fgn", "fgn_ensemble", "deterministic", "deterministic_perturbed"}
+    assert {r["system"] for r in records} == learned | {"oracle", "climatology", "persistence"}
+    spread = {r["system"]: r["value"] for r in records if (r["metric"], r["variable"], r["lead_time"]) == ("spread", "u", 21600.0)}
+    assert spread["deterministic"] == 0 < spread["deterministic_perturbed"]
+    assert {r["system"] for r in records if r["metric"] == "free_run_lost"} == {"fgn", "deterministic"}
     assert {r["seed"] for r in records} == {None, 0, 1}
     assert all(r["network_calls"] > 0 for r in records if r["system"] == "fgn")
     assert "report.html" in capsys.readouterr().out and (out / "report.html").stat().st_size > 10_000
@@ -238,6 +260,8 @@ def test_compare_from_the_command_line(tmp_path, capsys):
         ("ensembles={fgn: fgn}", "not a new name"),
         ("reference=nobody", "is none of"),
         ("seeds=0", "at least 1"),
+        ("variants={mine: {family: nobody, key: batch, values: [1]}}", "needs a new name"),
+        ("free.runs=99", "at most one"),
     ],
 )
 def test_compare_refuses_what_cannot_be(tmp_path, capsys, key, says):

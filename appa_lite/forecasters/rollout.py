@@ -37,6 +37,10 @@ class Rollout(Forecaster):
             if one.spec != self.checkpoints[0].spec:
                 raise UserError("the models of an ensemble must be of the same variables and grid")
 
+    def start(self, model: Emulator, known: Tensor, streams: Streams) -> Tensor:
+        """The states (B, n, Z, h, w) that members start from, given the known ones."""
+        return known
+
     @abstractmethod
     def advance(self, model: Emulator, known: Tensor, forcing: Tensor | None, streams: Streams) -> Tensor:
         """The next states (B, Z, h, w) given (B, history, Z, h, w) and forcing (P,); all chance comes from ``streams``."""
@@ -72,7 +76,7 @@ class Rollout(Forecaster):
         steps = -(-frames // stride) + autoencoder.reach
         clock = begin + step * torch.arange((model.history + steps) * stride, dtype=torch.float64, device=device)
         normal = checkpoint.normalizer(initial[:, -needed:].to(device), clock[:needed])
-        states = list(autoencoder.encode(normal).unbind(1))
+        states = list(self.start(model, autoencoder.encode(normal), streams).unbind(1))
         forcing = checkpoint.forcing(clock[::stride])
         for k in range(len(states) - 1, len(states) - 1 + steps):
             known = torch.stack(states[-model.history :], dim=1)

@@ -69,6 +69,12 @@ class Lorenz96(Simulator):
         x = fields[:, 0, 0]
         return torch.cat([x, torch.zeros_like(x)], dim=1) if self.forcing_std else x.clone()
 
+    def analyses(self, state: Tensor, error: float, seed: int, members: Sequence[int]) -> Tensor:
+        """Draws (B, ...) given analyses x (B, ...): N(x, error^2) at every site, and a random forcing that is not known at all."""
+        streams = Streams(seed, members, "lorenz96", "analysis")
+        x = state[:, : self.K] + error * streams.normal((self.K,), torch.float64).to(state)
+        return torch.cat([x, self.forcing_std * streams.normal((self.K,)).to(x)], dim=1) if self.forcing_std else x
+
     def advance(self, state: Tensor, frame: int, seed: int, members: Sequence[int]) -> Tensor:
         if not self.forcing_std:
             for _ in range(self.steps_per_frame):

@@ -1,5 +1,6 @@
 """The two-scale Lorenz-96 system: slow variables that are observed, fast ones that are not."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,8 @@ from appa_lite.core.random import Streams
 from appa_lite.simulators.base import Simulator
 from appa_lite.simulators.rings import TIME_UNIT, check_finite, ring_spec
 from appa_lite.simulators.stepping import rk4
+
+FAST_TIMES = 10.0  #: relaxation times 1 / c of the fast variables, after which they have forgotten where they started
 
 
 class Lorenz96TwoScale(Simulator):
@@ -71,6 +74,24 @@ class Lorenz96TwoScale(Simulator):
         slow = fields[:, 0, 0]
         fast = 0.01 * torch.sin(torch.arange(self.J * self.K, dtype=slow.dtype, device=slow.device) ** 2)
         return torch.cat([slow, fast.expand(len(slow), -1)], dim=1)
+
+    def analyses(self, state: Tensor, error: float, seed: int, members: Sequence[int]) -> Tensor:
+        """Draws (B, ...) given analyses of the slow variables: N(X, error^2), and fast variables that are not known.
+
+        These are drawn from the invariant measure of the fast equations under the drawn slow variables, held fixed (the law of
+        averaging theory: Fatkullin and Vanden-Eijnden 2004, https://doi.org/10.1016/j.jcp.2004.04.013): noise of standard deviation
+        0.1 after ``FAST_TIMES`` / c time units. What the analysis says of its fast variables is not used.
+        """
+        streams = Streams(seed, members, "lorenz96_two_scale", "analysis")
+        slow = state[:, : self.K] + error * streams.normal((self.K,), torch.float64).to(state)
+        fast = 0.1 * streams.normal((self.J * self.K,)).to(state)
+
+        def relax(y: Tensor) -> Tensor:
+            return self.tendency(torch.cat([slow, y], dim=1))[:, self.K :]
+
+        for _ in range(math.ceil(FAST_TIMES / (self.c * self.dt))):
+            fast = rk4(relax, fast, self.dt)
+        return check_finite(torch.cat([slow, fast], dim=1), members, "two-scale Lorenz-96", self.dt)
 
     def advance(self, state: Tensor, frame: int, seed: int, members: Sequence[int]) -> Tensor:
         for _ in range(self.steps_per_frame):

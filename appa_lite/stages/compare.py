@@ -1,7 +1,9 @@
 """``compare``: families of forecast models at one budget, on a system whose law is known, in one table and one page."""
 
 import json
+import shlex
 import time
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -12,8 +14,10 @@ from appa_lite.simulators.base import Simulator
 from appa_lite.stages.assimilation_twins import AssimilationTwins
 from appa_lite.stages.comparison import Comparison
 from appa_lite.stages.matrix import Matrix
-from appa_lite.verification.comparison import score_trials, summary
+from appa_lite.stages.parallel import rank
+from appa_lite.verification.comparison import complete, score_trials, summary
 from appa_lite.verification.comparison_page import comparison_page
+from appa_lite.verification.free_runs import How, score_free_runs
 from appa_lite.verification.tables import dumps
 from appa_lite.verification.verify import Verification
 
@@ -23,6 +27,9 @@ FREE += ("methods", "tuning", "climatology")
 
 def run(cfg: DictConfig) -> None:
     """Data, a learning rate for each family, trainings, forecasts, scores; all of it in ``cfg.out``, resumable."""
+    if rank() > 0:  # of several launched processes the first compares, the others compute for it
+        with Matrix(Path(cfg.out) / "jobs", cfg.processes) as matrix:
+            return matrix.serve()
     if cfg.methods:
         return _assimilation(cfg)
     began = time.monotonic()
@@ -30,18 +37,28 @@ def run(cfg: DictConfig) -> None:
     verification = build(cfg.verification, Verification)
     settings = _claim(cfg, comparison)
     with Matrix(comparison.out / "jobs", cfg.processes) as matrix:
-        matrix.run(comparison.simulations(), "data")
+        data = comparison.simulations()
+        matrix.run(data, "data")
         comparison.twins()
         rates = _rates(comparison, matrix, settings)
         jobs = comparison.trainings(rates, settings["seconds_train"])
         timing = matrix.run(jobs, f"{len(jobs)} trainings of {settings['seconds_train']:.0f} s")
-        timing |= matrix.run(comparison.together(), "ensembles")
+        besides = comparison.together(_values(comparison, matrix))
+        timing |= matrix.run(besides, "ensembles and variants")
+        free = comparison.free_runs()
+        matrix.run(free, "free runs")
     trials = comparison.trials(rates, timing, settings["seconds_train"])
-    records = score_trials(verification, *comparison.systems(trials), trials, comparison.reference, comparison.variables, cfg.seed)
-    out = comparison.out
+    forecasts, truth, training = comparison.systems(trials)
+    records, details = score_trials(verification, forecasts, truth, training, trials, comparison.reference, comparison.variables, cfg.seed)
+    how = How(tuple(cfg.free.periods), verification.replicates, verification.confidence, cfg.seed)
+    rows, details["free_runs"] = score_free_runs(comparison.ran_free(), training, comparison.variables, how)
+    records += complete(rows, records)
+    commands = [f"appa-lite {shlex.join(line)}" for job in (*data, *jobs, *besides, *free) for line in job.commands]
     told = OmegaConf.to_container(cfg) | {"reference": comparison.reference}
-    page = comparison_page(records, trials, told, (out / "commands.txt").read_text().splitlines())
-    for name, text in (("scores.json", dumps(records, ".json")), ("report.html", page)):
+    texts = {"scores.json": dumps(records, ".json"), "details.json": json.dumps(details, allow_nan=False)}
+    texts |= {"commands.txt": "\n".join(commands) + "\n", "report.html": comparison_page(records, trials, told, commands, details)}
+    out = comparison.out
+    for name, text in texts.items():
         with atomic(out / name) as partial:
             partial.write_text(text, encoding="utf-8")
     print(summary(records, trials))
@@ -78,12 +95,23 @@ def _rates(comparison: Comparison, matrix: Matrix, settings: dict) -> dict[str, 
     if len(rates) == 1:
         return dict.fromkeys(comparison.families, rates[0])
     matrix.run(comparison.search(settings["seconds_train"]), "learning rates")
-    table = comparison.search_scores()
-    with atomic(comparison.out / "learning_rates.json") as partial:
+    return _best(comparison, comparison.search_scores(), "learning_rates.json")
+
+
+def _values(comparison: Comparison, matrix: Matrix) -> dict[str, object]:
+    """The value of each variant's key, chosen alike."""
+    matrix.run(comparison.variant_search(), "variants")
+    table = comparison.variant_scores()
+    only = {name: values[0] for name, (_, _, values) in comparison.variants.items()}
+    return only | (_best(comparison, table, "variants.json") if table else {})
+
+
+def _best(comparison: Comparison, table: list[dict], file: str) -> dict[str, object]:
+    with atomic(comparison.out / file) as partial:
         partial.write_text(dumps(table, ".json"))
     best = {}
-    for family in comparison.families:
-        rows = [r for r in table if r["family"] == family]
-        best[family] = min(rows, key=lambda r: r["crps_fair"])["learning_rate"]
-        print(f"{family}: learning rate {best[family]:g} of " + ", ".join(f"{r['learning_rate']:g} ({r['crps_fair']:.4g})" for r in rows))
+    for name in dict.fromkeys(r["family"] for r in table):
+        rows = [r for r in table if r["family"] == name]
+        best[name] = min(rows, key=lambda r: r["crps_fair"])["value"]
+        print(f"{name}: {rows[0]['key']} {best[name]:g} of " + ", ".join(f"{r['value']:g} ({r['crps_fair']:.4g})" for r in rows))
     return best

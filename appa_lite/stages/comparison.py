@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 import xarray as xr
 from omegaconf import DictConfig
 
@@ -17,8 +18,9 @@ from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.nn.backbone import parameters
 from appa_lite.simulators.base import Simulator
 from appa_lite.stages.matrix import Job
+from appa_lite.stages.parallel import world
 from appa_lite.stages.prior import BEGINNING, Bar, duration
-from appa_lite.stages.twin import Design, forecast_dataset, oracle, truths
+from appa_lite.stages.twin import Design, analysed, forecast_dataset, oracle, truths
 from appa_lite.verification.comparison import Trial, mean_crps
 
 TRAINING = 0.7  # of the budget goes to trainings, the rest to data, forecasts and scores
@@ -44,13 +46,28 @@ class Comparison:
         for name, family in self.ensembles.items():
             if family not in self.families or name in self.families:
                 raise UserError(f"ensembles: '{name}: {family}' is not a new name for one of {', '.join(self.families)}")
+        self.variants = self._variants()
+        if not 0 <= cfg.free.runs <= cfg.test.trajectories * cfg.test.starts or cfg.free.frames < 1:
+            raise UserError(f"free.runs={cfg.free.runs}: expected at most one from each of the test's initial times")
         self.variables = None if cfg.variables is None else list(cfg.variables)
         self.reference = cfg.reference or next(iter(self.families))
-        if self.reference not in (*self.families, *self.ensembles):
-            raise UserError(f"reference={self.reference} is none of {', '.join((*self.families, *self.ensembles))}")
+        if self.reference not in (names := (*self.families, *self.ensembles, *self.variants)):
+            raise UserError(f"reference={self.reference} is none of {', '.join(names)}")
         test, begin = cfg.test, to_seconds(np.array([parse_date(BEGINNING, "start")]))[0]
         self.design = Design(test.trajectories, test.starts, test.spacing, test.history, test.lead, test.members, begin)
-        self.seconds = TRAINING * duration(cfg.budget, "budget") * cfg.processes / self._shares()
+        self.seconds = TRAINING * duration(cfg.budget, "budget") * cfg.processes * world() / self._shares()
+
+    def _variants(self) -> dict[str, tuple[str, str, list]]:
+        """(family, key, values) by name; those of families that are left out are left out too."""
+        found = {}
+        for name, entry in self.cfg.variants.items():
+            if entry is None or self.cfg.families.get(entry.get("family"), ()) is None:
+                continue
+            family, key, values = (entry.get(k) for k in ("family", "key", "values"))
+            if family not in self.families or name in (*self.families, *self.ensembles) or not key or not values:
+                raise UserError(f"variants: '{name}' needs a new name, one of {', '.join(self.families)}, a key of forecast and its values")
+            found[str(name)] = (str(family), str(key), list(values))
+        return found
 
     def _shares(self) -> float:
         """The trainings to be paid, in units of one: the same wall clock for all, whatever a step of theirs costs."""
@@ -72,67 +89,123 @@ class Comparison:
         return jobs
 
     def twins(self) -> None:
-        """The truths of the test, and the forecasts of a perfect model: ``truth.zarr``, ``truth_N.zarr`` and ``oracle.zarr``."""
-        if self.file("oracle.zarr").exists():
+        """The truths of the test, what is known of their initial states, and the forecasts of a perfect model.
+
+        ``truth.zarr`` and ``oracle.zarr``, for every truth ``initial_N.zarr``, and ``free.zarr``, the initial states of free runs.
+        """
+        if self.file("free.zarr").exists():
             return
-        design, spec, bar = self.design, self.simulator.spec, Bar()
-        seed = self.cfg.seed + 3000
-        fields, known = truths(self.simulator, design, seed, self.cfg.states, lambda done, total: bar("truths", done, total))
-        wholes = [spec.to_dataset(f, {"time": design.times(n, spec.step)}) for n, f in enumerate(fields)]
-        for n, whole in enumerate(wholes):
-            write_dataset(whole, self.file(f"truth_{n}.zarr"))
-        write_dataset(xr.concat(wholes, "time"), self.file("truth.zarr"))
-        ahead = oracle(self.simulator, known, design, seed, lambda done, total: bar("oracle", done, total))
+        simulator, design, spec, bar = self.simulator, self.design, self.simulator.spec, Bar()
+        seed, error, frames = self.cfg.seed + 3000, self.cfg.test.analysis_error, design.initial_frames
+        if error is None:
+            fields, states = truths(simulator, design, seed, self.cfg.states, lambda done, total: bar("truths", done, total))
+            wholes = [spec.to_dataset(f, {"time": design.times(n, spec.step)}) for n, f in enumerate(fields)]
+            truth = xr.concat(wholes, "time")
+            known = torch.stack([fields[:, f + 1 - design.history : f + 1] for f in frames], 1)[:, :, None]
+            ahead = oracle(simulator, states, design, seed, lambda done, total: bar("oracle", done, total))
+        else:
+            drawn = analysed(simulator, design, error, seed, self.cfg.states, lambda done, total: bar("truths and oracle", done, total))
+            true, members = drawn[:, :, 0, design.history - 1 :], drawn[:, :, 1:]
+            truth = forecast_dataset(simulator, design, true[:, :, 1:, None], true[:, :, 0]).isel(number=0, drop=True)
+            known, ahead = members[:, :, :, : design.history], members[:, :, :, design.history :].transpose(2, 3)
+            wholes = [self._known(n, known[n]) for n in range(design.trajectories)]
         bar.close()
-        write_dataset(forecast_dataset(self.simulator, design, ahead, fields[:, design.initial_frames]), self.file("oracle.zarr"))
+        for n, whole in enumerate(wholes):
+            write_dataset(whole, self.file(f"initial_{n}.zarr"))
+        write_dataset(truth, self.file("truth.zarr"))
+        write_dataset(forecast_dataset(simulator, design, ahead, known[:, :, :, -1]), self.file("oracle.zarr"))
+        runs = known[:, :, 0].flatten(0, 1)[: max(self.cfg.free.runs, 1)]  # one known trajectory of every start
+        times = {"time": design.times(0, spec.step)[: design.history], "number": np.arange(len(runs))}
+        write_dataset(spec.to_dataset(runs.transpose(0, 1), times), self.file("free.zarr"))
+
+    def _known(self, trajectory: int, known: torch.Tensor) -> xr.Dataset:
+        """The known frames (starts, members, history, ...) of all starts of a truth, as an ensemble (time, number, grid)."""
+        step, history = self.simulator.spec.step, self.design.history
+        times = self.design.times(trajectory, step)
+        frames = np.concatenate([np.arange(f + 1 - history, f + 1) for f in self.design.initial_frames])
+        coords = {"time": times[frames], "number": np.arange(known.shape[1])}
+        return self.simulator.spec.to_dataset(known.transpose(1, 2).flatten(0, 1), coords)
 
     # Trainings and forecasts
 
-    def search(self, seconds: float) -> list[Job]:
-        """A short training of every family with every learning rate, and its forecasts of the first trajectory of validation."""
+    def _validation_dates(self) -> np.ndarray:
         times = open_dataset(self.file("validation.zarr"))["time"].values
         last = len(times) - 1 - self.design.lead
         if last < self.design.history:
             raise UserError(
                 f"data.frames={len(times)} leaves no forecast of test.lead={self.design.lead} frames to choose learning rates by"
             )
-        dates = times[np.unique(np.linspace(self.design.history - 1, last, min(self.design.starts, 8)).astype(int))]
+        return times[np.unique(np.linspace(self.design.history - 1, last, min(self.design.starts, 8)).astype(int))]
+
+    def search(self, seconds: float) -> list[Job]:
+        """A short training of every family with every learning rate, and its forecasts of the first trajectory of validation."""
         jobs = []
         for family in self.families:
             for rate in self.cfg.learning_rates:
                 path = self.out / "search" / f"{family}-{rate:g}"
-                ahead = self._forecast([path / "model"], path.with_suffix(f"{path.suffix}.zarr"), self.file("validation.zarr"), dates, 0)
-                jobs.append(Job(f"search-{path.name}", (*self._train(family, path, 0, rate, SEARCH * seconds), (*ahead, "trajectory=0"))))
+                train = self._train(family, path, 0, rate, SEARCH * seconds)
+                jobs.append(Job(f"search-{path.name}", (*train, self._validate(path, path.name))))
         return jobs
 
     def search_scores(self) -> list[dict]:
-        """``family, learning_rate, crps_fair``: means over leads and variables, in standard deviations of the truth."""
-        truth, out = open_dataset(self.file("validation.zarr")).isel(trajectory=0, drop=True), []
-        for family in self.families:
-            for rate in self.cfg.learning_rates:
-                forecast = open_dataset(self.out / "search" / f"{family}-{rate:g}.zarr")
-                out.append({"family": family, "learning_rate": float(rate), "crps_fair": mean_crps(forecast, truth)})
-        return out
+        """``family, key, value, crps_fair``: means over leads and variables, in standard deviations of the truth."""
+        rates = [(family, "learning_rate", rate) for family in self.families for rate in self.cfg.learning_rates]
+        return [self._searched(name, key, rate, f"{name}-{rate:g}") for name, key, rate in rates]
+
+    def variant_search(self) -> list[Job]:
+        """Forecasts of the validation by the first training of a variant's family, with every value of its key."""
+        jobs = []
+        for name, (family, key, values) in self.variants.items():
+            for value in values if len(values) > 1 else ():
+                path = self.out / "models" / f"{family}-0"
+                jobs.append(Job(f"search-{name}-{value}", ((*self._validate(path, f"{name}-{value}"), f"{key}={value}"),)))
+        return jobs
+
+    def variant_scores(self) -> list[dict]:
+        """As ``search_scores``."""
+        return [self._searched(n, key, v, f"{n}-{v}") for n, (_, key, values) in self.variants.items() if len(values) > 1 for v in values]
+
+    def _validate(self, run: Path, name: str) -> tuple[str, ...]:
+        dates, out = self._validation_dates(), self.out / "search" / f"{name}.zarr"
+        return (*self._forecast([run / "model"], out, self.file("validation.zarr"), dates, 0), "trajectory=0")
+
+    def _searched(self, family: str, key: str, value: object, name: str) -> dict:
+        truth = open_dataset(self.file("validation.zarr")).isel(trajectory=0, drop=True)
+        crps = mean_crps(open_dataset(self.out / "search" / f"{name}.zarr"), truth)
+        return {"family": family, "key": key, "value": value, "crps_fair": crps}
 
     def trainings(self, rates: dict[str, float], seconds: float) -> list[Job]:
-        """Every family with every seed, and its forecasts of the test; what is typed is kept in ``commands.txt``."""
+        """Every family with every seed, and its forecasts of the test."""
         jobs = []
         for seed in range(self.cfg.seeds):
             for family, rate in rates.items():
                 path = self.out / "models" / f"{family}-{seed}"
                 train = self._train(family, path, seed, rate, seconds)
                 jobs.append(Job(path.name, (*train, *self._test([path / "model"], path.name, seed))))
-        lines = [f"appa-lite {shlex.join(line)}" for job in (*self.simulations(), *jobs, *self.together()) for line in job.commands]
-        (self.out / "commands.txt").write_text("\n".join(lines) + "\n")
         return jobs
 
-    def together(self) -> list[Job]:
-        """Ensembles of the models of all seeds of a family."""
-        models = {
-            name: [self.out / "models" / f"{family}-{s}" / "model" for s in range(self.cfg.seeds)]
-            for name, family in self.ensembles.items()
-        }
-        return [Job(name, tuple(self._test(paths, name, 0))) for name, paths in models.items()]
+    def together(self, chosen: dict[str, object]) -> list[Job]:
+        """What trained models do besides: ensembles of all seeds, variants with the values ``chosen`` for them, and free runs."""
+        models = {f: [self.out / "models" / f"{f}-{s}" / "model" for s in range(self.cfg.seeds)] for f in self.families}
+        jobs = [Job(name, tuple(self._test(models[family], name, 0))) for name, family in self.ensembles.items()]
+        for name, (family, key, _) in self.variants.items():
+            for seed, model in enumerate(models[family]):
+                lines = self._test([model], f"{name}-{seed}", seed)
+                jobs.append(Job(f"{name}-{seed}", tuple((*line, f"{key}={chosen[name]}") for line in lines)))
+        return jobs
+
+    def free_runs(self) -> list[Job]:
+        """Long forecasts of the first training of every family: one member from each of the first initial states of the test."""
+        free, jobs = self.cfg.free, []
+        for family in self.families if free.runs else ():
+            line = ["forecast", *self._common(), f"checkpoint={self.out / 'models' / f'{family}-0' / 'model'}", f"seed={self.cfg.seed}"]
+            line += [f"initial={self.file('free.zarr')}", f"out={self._free(family)}", f"history={self.design.history}", "device=cpu"]
+            line += [f"lead={free.frames * self.simulator.spec.step:.0f}s", f"members={free.runs}"]
+            jobs.append(Job(f"free-{family}", (tuple(line),), may_diverge=True))
+        return jobs
+
+    def _free(self, family: str) -> Path:
+        return self.out / "forecasts" / f"free-{family}.zarr"
 
     def _common(self) -> list[str]:
         return [f"experiment={self.cfg.experiment}", f"size={self.cfg.size}"]
@@ -157,7 +230,7 @@ class Comparison:
         out = []
         for n in range(self.design.trajectories):
             dates = self.design.times(n, self.simulator.spec.step)[self.design.initial_frames]
-            out.append(self._forecast(models, self._ahead(name, n), self.file(f"truth_{n}.zarr"), dates, seed))
+            out.append(self._forecast(models, self._ahead(name, n), self.file(f"initial_{n}.zarr"), dates, seed))
         return out
 
     def _ahead(self, name: str, trajectory: int) -> Path:
@@ -175,14 +248,15 @@ class Comparison:
     def trials(self, rates: dict[str, float], timing: dict[str, list[float]], seconds: float) -> list[Trial]:
         """What was trained, and what its forecasts cost. An ensemble of models has the sums of their trainings and sizes."""
         out, draws = [], self.design.members * self.design.trajectories * self.design.starts
-        kinds = [(f, s, f"{f}-{s}") for f in rates for s in range(self.cfg.seeds)] + [(n, 0, n) for n in self.ensembles]
+        kinds = [(f, s, f"{f}-{s}") for f in (*rates, *self.variants) for s in range(self.cfg.seeds)] + [(n, 0, n) for n in self.ensembles]
+        sources = self.ensembles | {name: family for name, (family, _, _) in self.variants.items()}
         for family, seed, name in kinds:
-            source, models = self.ensembles.get(family, family), self.cfg.seeds if family in self.ensembles else 1
+            source, models = sources.get(family, family), self.cfg.seeds if family in self.ensembles else 1
             run = self.out / "models" / f"{source}-{seed}"
             model = Checkpoint.load(run / "model")
             steps = json.loads((run / "summary.json").read_text())["step"]
             ahead = sum(timing[name][-self.design.trajectories :]) / draws
-            calls = [open_dataset(self._ahead(run.name, n)).attrs["network_calls"] for n in range(self.design.trajectories)]
+            calls = [open_dataset(self._ahead(name, n)).attrs["network_calls"] for n in range(self.design.trajectories)]
             trained = (rates[source], models * steps, models * seconds)
             out.append(
                 Trial(family, seed, name, *trained, ahead, float(np.mean(calls)), models * parameters(model.emulator or model.denoiser))
@@ -198,3 +272,8 @@ class Comparison:
             found[trial.name] = xr.concat(parts, "time") if len(parts) > 1 else parts[0]
         systems = {name: d.isel(prediction_timedelta=np.append(0, wanted)) for name, d in found.items()}
         return systems, open_dataset(self.file("truth.zarr")), open_dataset(self.file("train.zarr"))
+
+    def ran_free(self) -> dict[str, xr.Dataset | None]:
+        """The free runs of every family; None where nothing came of them."""
+        paths = {family: self._free(family) for family in self.families} if self.cfg.free.runs else {}
+        return {family: open_dataset(path) if path.exists() else None for family, path in paths.items()}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from appa_lite.core.errors import UserError
 from appa_lite.core.fields import to_datetime
+from appa_lite.core.random import derive
 from appa_lite.forecasters.simulator_ensemble import SimulatorEnsemble
 from appa_lite.simulators.base import Simulator, states
 
@@ -80,10 +81,46 @@ def oracle(simulator: Simulator, known: Tensor, design: Design, seed: int, progr
     return fields.unflatten(0, (design.trajectories, design.starts, design.members)).transpose(2, 3)
 
 
+@torch.no_grad()
+def analysed(simulator: Simulator, design: Design, error: float, seed: int, start: str | Path | None, progress: Progress) -> Tensor:
+    """Fields (N, starts, 1 + members, history + lead, C, H, W) of states that are known with an error.
+
+    A state of the climate is the analysis at the first known frame of every start; the truth, at place 0, and the members go on
+    from draws of the one law that it stands for, ``Simulator.analyses``, each under random forcing of its own. Truth and members are
+    exchangeable given the analysis by construction, also where states hold more than the fields show: the members after the
+    initial time are the oracle, exactly, and their known frames are what a forecaster is given of them.
+
+    Args:
+        error: standard deviation of the fields' errors, in their units.
+
+    Raises:
+        UserError: a simulator without such a law, or known frames of two starts that overlap.
+    """
+    if not hasattr(simulator, "analyses"):
+        raise UserError(f"{type(simulator).__name__} has no law of states known with an error: test.analysis_error=null")
+    if design.spacing < design.history:
+        raise UserError(f"test.spacing={design.spacing} must be at least test.history={design.history} with test.analysis_error")
+    kept, wanted = [], {f - design.history + 1 for f in design.initial_frames}
+    for frame, state in enumerate(states(simulator, seed, range(design.trajectories), max(wanted) + 1, start=start)):
+        if frame in wanted:
+            kept.append(state)
+    analyses = torch.stack(kept, 1).flatten(0, 1).repeat_interleave(1 + design.members, 0)
+    draws, seed = list(range(len(analyses))), derive(seed, "analyses")
+    state, fields = simulator.analyses(analyses, error, seed, draws), []
+    for frame in range(design.history + design.lead):
+        state = state if frame == 0 else simulator.advance(state, frame, seed, draws)
+        fields.append(simulator.fields(state).cpu())
+        progress(frame + 1, design.history + design.lead)
+    return torch.stack(fields, 1).unflatten(0, (design.trajectories, design.starts, 1 + design.members))
+
+
 def forecast_dataset(simulator: Simulator, design: Design, fields: Tensor, initial: Tensor) -> xr.Dataset:
-    """A forecast (time, prediction_timedelta, number, grid) of fields (N, starts, lead, members, ...); lead zero is the truth's."""
+    """A forecast (time, prediction_timedelta, number, grid) of fields (N, starts, lead, members, ...).
+
+    ``initial``: of lead zero, (N, starts, ...), the same for all members, or (N, starts, members, ...).
+    """
     step = simulator.spec.step
-    first = initial[:, :, None, None].expand(-1, -1, 1, fields.shape[3], -1, -1, -1)
+    first = (initial if initial.ndim == 6 else initial[:, :, None])[:, :, None].expand(-1, -1, 1, fields.shape[3], -1, -1, -1)
     dates = np.concatenate([design.times(n, step)[design.initial_frames] for n in range(design.trajectories)])
     leads = (np.arange(design.lead + 1) * step * 1e9).astype("timedelta64[ns]")
     coords = {"time": dates, "prediction_timedelta": leads, "number": np.arange(fields.shape[3])}

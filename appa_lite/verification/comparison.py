@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 
 from appa_lite.verification.base import Sums
-from appa_lite.verification.compare_scores import compare_scores, over_seeds
+from appa_lite.verification.compare_scores import compare_systems, over_seeds
 from appa_lite.verification.grid import standardise
 from appa_lite.verification.metrics import FairCRPS
 from appa_lite.verification.pairs import TruthPairs
@@ -75,8 +75,9 @@ def score_trials(
     reference: str,
     variables: Sequence[str] | None = None,
     seed: int = 0,
-) -> list[Record]:
-    """The tidy table of a comparison: means over the trainings of each family (``seed`` null), and main scores of every one.
+) -> tuple[list[Record], dict]:
+    """The tidy table of a comparison: means over the trainings of each family (``seed`` null), and main scores of every one; and
+    what figures need, of the first training (``Details``).
 
     Every system is scored on the same starts, resampled alike (see ``compare_scores``); the trainings are put together by
     ``over_seeds``, whose intervals are of starts and seeds. Thresholds of extremes are quantiles of ``training``.
@@ -91,21 +92,28 @@ def score_trials(
     thresholds = climatological_quantiles(training, verification.quantiles, verification.views)
     oracle = forecasts[ORACLE]
     common = {ORACLE: oracle, CLIMATOLOGY: climatological_ensemble(training, oracle, seed)}
-    tables = {}
+    if "prediction_timedelta" in truth.dims:  # initial states are not known exactly: nor to persistence
+        common |= {PERSISTENCE: oracle.isel(prediction_timedelta=[0] * oracle.sizes["prediction_timedelta"]).assign_coords(oracle.coords)}
+    tables, details = {}, {}
     for number in seeds:
         mine = {f: next((t for t in trials if (t.family, t.seed) == (f, number)), None) for f in dict.fromkeys(t.family for t in trials)}
         mine = {f: t or next(t for t in trials if t.family == f) for f, t in mine.items()}
         systems = {f: forecasts[t.name] for f, t in mine.items()} | common
-        tables[number] = compare_scores(
-            systems, truth, thresholds, reference=reference, scorer=verification, variables=variables, seed=seed
-        )
+        scores = compare_systems(systems, truth, thresholds, reference=reference, scorer=verification, variables=variables, seed=seed)
+        tables[number], details = scores.records, details or scores.details
     costs = {f: mean_costs([t for t in trials if t.family == f]) for f in dict.fromkeys(t.family for t in trials)}
     blank = dict.fromkeys(next(iter(costs.values())))
     records = [{"seed": None} | r | costs.get(str(r["system"]), blank) for r in over_seeds(tables, verification.confidence)]
     for trial in trials:
         rows = [r for r in tables[trial.seed] if r["system"] == trial.family and r["metric"] in BY_SEED]
         records += [{"seed": trial.seed} | r | {"seeds": 1, "seed_std": None} | trial.costs() for r in rows]
-    return records
+    return records, details
+
+
+def complete(rows: Sequence[Record], records: Sequence[Record]) -> list[Record]:
+    """Rows of one training in the columns of the table's records, their costs those of the family."""
+    like = {r["system"]: r for r in reversed(records) if r["seed"] is None}
+    return [like[r["system"]] | r | {"seeds": 1, "seed_std": None} for r in rows]
 
 
 def lookup(records: Sequence[Record]) -> dict[tuple, Record]:
