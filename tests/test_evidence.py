@@ -187,6 +187,20 @@ def test_instruments_are_told_apart(directory):
     assert abs(found["u good"].bias) < 3 * found["u good"].bias_error
 
 
+def test_stations_are_told_apart(directory, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    _, table = twin(60, 8, seed=5, error=0.8)
+    table["station"] = np.where(table["x"] < 6, "west", "east")
+    table.loc[table["station"] == "west", "error_std"] *= 2
+    table.to_csv("stated.csv", index=False)
+    command = ["estimate", "experiment=lorenz96", "size=debug", f"checkpoint={directory / 'model'}", "observations=stated.csv"]
+    assert main([*command, "out=estimated.parquet", "by=station"]) == 0
+    assert "u west  error_std x 0." in capsys.readouterr().out
+    out = pd.read_parquet("estimated.parquet")
+    assert np.abs(np.log(out["error_std"] / 0.8)).max() < 0.3
+    assert main([*command, "out=estimated.parquet", "by=ship"]) == 2
+
+
 def test_the_command_writes_a_file_that_fits(directory, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     _, table = twin(60, 6, seed=5)

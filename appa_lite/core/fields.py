@@ -3,6 +3,7 @@
 Tensors of fields have shape ``(..., T, C, H, W)``; a 1-D system is a grid with one row (H = 1).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from appa_lite.core.errors import UserError
 
+FUNCTION = re.compile(r"(abs|square)\((\w+)\)")  # of a variable, known without an entry of its own
 GRID_DIMS = (("latitude", "longitude"), ("y", "x"), ("x",))
 COORDINATE_ATTRS = {
     "latitude": {"standard_name": "latitude", "units": "degrees_north", "axis": "Y"},
@@ -39,7 +41,8 @@ class Derived:
     """A quantity computed from the prognostic variables, point by point.
 
     ``kind='linear'``: sum_i coefficient_i * input_i; ``kind='norm'``: sqrt(sum_i (coefficient_i * input_i)^2),
-    such as a wind speed from u and v.
+    such as a wind speed from u and v; ``kind='square'``: sum_i (coefficient_i * input_i)^2. ``abs(name)`` and
+    ``square(name)`` of any variable need no entry of their own.
     """
 
     name: str
@@ -135,13 +138,21 @@ class FieldSpec:
         terms = [c * fields[..., self.index(i), :, :] for i, c in zip(quantity.inputs, quantity.coefficients, strict=True)]
         if quantity.kind == "norm":
             return torch.stack(terms).square().sum(0).clamp(min=1e-12).sqrt()
+        if quantity.kind == "square":
+            return torch.stack(terms).square().sum(0)
         return torch.stack(terms).sum(0)
 
     def quantity(self, name: str) -> Variable | Derived:
-        """The variable or derived quantity called ``name``."""
+        """The variable or derived quantity called ``name``, which may be ``abs(VARIABLE)`` or ``square(VARIABLE)``."""
         for entry in (*self.variables, *self.derived):
             if entry.name == name:
                 return entry
+        inner = FUNCTION.fullmatch(str(name))
+        if inner is not None and inner[2] in self.names:
+            units = self.variables[self.index(inner[2])].units
+            if inner[1] == "abs":
+                return Derived(name, "norm", (inner[2],), (1.0,), units)
+            return Derived(name, "square", (inner[2],), (1.0,), "1" if units == "1" else f"({units})2")
         known = ", ".join(entry.name for entry in (*self.variables, *self.derived))
         raise UserError(f"unknown variable '{name}': this data has {known}")
 

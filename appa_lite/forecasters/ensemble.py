@@ -8,20 +8,25 @@ x + sum_j X_ji a_j.
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from appa_lite.core.blocks import Blocks
 from appa_lite.core.errors import DivergedError, UserError
 from appa_lite.core.fields import to_seconds
 from appa_lite.core.random import derive, generator
+from appa_lite.core.student import matched_variance
 from appa_lite.forecasters.base import Assimilator, Progress, silent
 from appa_lite.guidance.base import SolverReport
 from appa_lite.observations.base import Observation, ObservationOperator
 from appa_lite.simulators.base import Simulator
 from appa_lite.simulators.base import states as spun_up
+
+NEGLIGIBLE = 0.01  # correlation of errors that cycling methods may leave out
 
 
 class Ensemble:
@@ -89,11 +94,12 @@ class FrameObservations:
         if observation is not None and len(observation):
             first, last = observation.operator.first, observation.operator.last
             self.span = int((last - first).max()) + 1
-            bare = Observation(observation.values, observation.variance, observation.operator)
+            _check_blocks(observation)
+            bare = replace(observation, provenance=None)
             cut = _cut(bare.select((first >= 0) & (last < frames)), 0, frames)
             for frame, part in cut.items():
                 operator = part.operator.rebase(frame - self.span + 1)
-                self.parts[frame] = Observation(part.values, part.variance, operator).to(device, part.values.dtype)
+                self.parts[frame] = replace(part, operator=operator).to(device, part.values.dtype)
 
     def recent(self, fields: Tensor, frame: int) -> Tensor:
         """The ``span`` frames of fields (N, T, C, H, W) up to ``frame``; before the first one, which no row sees, the first."""
@@ -112,12 +118,36 @@ def _cut(observation: Observation, first: int, stop: int) -> dict[int, Observati
     return _cut(observation.select(early), first, middle) | _cut(observation.select(~early), middle, stop)
 
 
+def _check_blocks(observation: Observation) -> None:
+    """Raise UserError where errors of rows that are taken in at different frames are correlated."""
+    correlation = observation.correlation or Blocks((), ())
+    for rows, matrix in zip(correlation.rows, correlation.matrices, strict=True):
+        last = observation.operator.last[rows]
+        if bool(((last[:, None] != last) & (matrix.abs() > NEGLIGIBLE)).any()):
+            raise UserError(
+                "methods that take observations in frame by frame cannot use errors correlated from one frame to the next: "
+                "choose a shorter error_correlation time, or forecaster=latent_diffusion or optimal_interpolation"
+            )
+
+
 def whitened(observation: Observation, fields: Tensor) -> tuple[Tensor, Tensor]:
     """S (N, M) and d (M,), float64, of members' fields (N, T, C, H, W)."""
-    predicted = observation.operator(fields).double()
-    scale = observation.variance.double().rsqrt()
+    values, predicted = independent(observation, observation.operator(fields).double())
     mean = predicted.mean(0)
-    return (predicted - mean) * (scale / math.sqrt(len(predicted) - 1)), (observation.values.double() - mean) * scale
+    scale = error_variance(observation, values - mean, predicted.var(0)).rsqrt()
+    return (predicted - mean) * (scale / math.sqrt(len(predicted) - 1)), (values - mean) * scale
+
+
+def independent(observation: Observation, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (M,) and predictions (N, M), float64, recombined where that makes errors independent (``Observation.mixing``)."""
+    mixing = observation.mixing()
+    return tuple(v if mixing is None else mixing(v) for v in (observation.values.double(), predicted))
+
+
+def error_variance(observation: Observation, innovation: Tensor, spread: Tensor) -> Tensor:
+    """R (M,), float64; of Student-t errors that which the innovations (M,) ask for, given the variance that members leave."""
+    variance = observation.variance.double()
+    return variance if observation.degrees is None else matched_variance(innovation, spread, variance, observation.degrees)
 
 
 # Weights

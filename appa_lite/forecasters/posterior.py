@@ -1,16 +1,18 @@
 """The pieces of a posterior over a period: frames, prior, covariance and observations in the modes of the latents."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from appa_lite.core.errors import UserError
 from appa_lite.core.fields import to_seconds
 from appa_lite.core.temporal import TemporalModes
 from appa_lite.diffusion.base import Denoiser
 from appa_lite.diffusion.windows import WindowLayout, compose_windows
 from appa_lite.guidance.base import LatentObservation
+from appa_lite.guidance.error_laws import HeavyTails, MixedRows
 from appa_lite.guidance.modes import DecodedCells, ModeResponses
 from appa_lite.guidance.scores import ScoredCells
 from appa_lite.models.checkpoint import Checkpoint
@@ -110,13 +112,20 @@ class Prior:
                 responses,
                 lambda z: normalizer.derivative(autoencoder.decode(z), self.period.times, continued=True) / scale,
             )
+            if observation.correlation is not None or observation.degrees is not None:
+                raise UserError("values of this model's Gaussianised variables need independent normal errors")
             operator = ScoredCells(operator, continued, margins, self.checkpoint.spec.grid.shape)
-        return LatentObservation(operator, observation.values, observation.variance)
+        if observation.degrees is not None:
+            operator = HeavyTails(operator, observation.degrees)
+        mixing, values = observation.mixing(), observation.values
+        if mixing is not None:
+            operator, values = MixedRows(operator, mixing, observation.correlation), mixing(values)
+        return LatentObservation(operator, values, observation.variance)
 
     def observe_once(self, observation: Observation) -> LatentObservation:
-        """``observe`` for methods that linearise: likelihoods of Gaussianised variables are matched at the climatology, once."""
+        """``observe`` for methods that linearise: likelihoods that are not Gaussian are matched at the climatology, once."""
         latent = self.observe(observation)
-        if not isinstance(latent.operator, ScoredCells):
+        if not isinstance(latent.operator, ScoredCells | HeavyTails):
             return latent
         mean = self.model.mean.reshape(1, 1, *self.shape[1:]).expand(1, *self.shape)
         predicted, covariance = latent.operator.predict(mean), ModeCovariance(self, prior_only=True)
@@ -160,4 +169,4 @@ class ModeCovariance:
 
 def later(observation: Observation, frames: int) -> Observation:
     """The observation, seen from fields that begin ``frames`` earlier."""
-    return Observation(observation.values, observation.variance, observation.operator.rebase(-frames), observation.provenance)
+    return replace(observation, operator=observation.operator.rebase(-frames))

@@ -11,7 +11,7 @@ from torch import Tensor
 from appa_lite.core.errors import UserError
 from appa_lite.core.random import Streams, derive
 from appa_lite.forecasters.base import Assimilator, Progress, silent
-from appa_lite.forecasters.ensemble import Ensemble, FrameObservations, check_period
+from appa_lite.forecasters.ensemble import Ensemble, FrameObservations, check_period, error_variance, independent
 from appa_lite.forecasters.localisation import Taper, placed_states
 from appa_lite.guidance.base import SolverReport
 from appa_lite.observations.base import Observation
@@ -75,21 +75,22 @@ class ThreeDVar(Assimilator):
             fields[:, frame] = self.simulator.fields(state)
             if frame in observed.parts:
                 part = observed.parts[frame]
-                innovation = part.residual(observed.recent(fields, frame)).double()
+                values, predicted = independent(part, part.operator(observed.recent(fields, frame)).double())
+                innovation = values - predicted
                 if self.perturb:
                     errors = Streams(seed, members, "perturbed", frame).normal((len(part),), torch.float64)
                     innovation = innovation + errors.to(innovation) * part.variance.double().sqrt()
-                increment = innovation @ self._gain(climate, part, observed.span).T
+                increment = innovation @ self._gain(climate, part, observed.span, innovation.mean(0)).T
                 state = state + increment.to(state).view_as(state)
                 fields[:, frame] = self.simulator.fields(state)
             progress("analyses", frame + 1, len(times))
         return fields.cpu()
 
-    def _gain(self, climate: Tensor, part: Observation, span: int) -> Tensor:
+    def _gain(self, climate: Tensor, part: Observation, span: int, innovation: Tensor) -> Tensor:
         """B A^T (A B A^T + R)^{-1}, shape (n, M), float64."""
         factor = math.sqrt(self.scale / (len(climate) - 1))
         x = climate.flatten(1).double()
-        y = part.operator(self.simulator.fields(climate)[:, None].expand(-1, span, -1, -1, -1)).double()
+        _, y = independent(part, part.operator(self.simulator.fields(climate)[:, None].expand(-1, span, -1, -1, -1)).double())
         x, y = (x - x.mean(0)) * factor, (y - y.mean(0)) * factor
         cross, between = x.T @ y, y.T @ y
         if self.taper is not None:
@@ -98,4 +99,5 @@ class ThreeDVar(Assimilator):
             rows = torch.arange(len(cross), device=cross.device)
             placed = len(cross) // self.cells * self.cells
             cross = cross * places.to(cross)[torch.where(rows < placed, rows % self.cells, self.cells)]
-        return torch.linalg.solve(between + torch.diag(part.variance.double()), cross.T).T
+        variance = error_variance(part, innovation, between.diagonal())
+        return torch.linalg.solve(between + torch.diag(variance), cross.T).T

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -174,21 +174,36 @@ class Local:
     def __init__(self, parent: "Conditioned", x: Tensor, sigma: Tensor):
         observation, self.covariance, self.memory = parent.observation, parent.covariance, parent.memory
         self.operator, self.report = observation.operator, parent.report
-        self.sigma, self.products = sigma, 0
+        self.sigma, self.products, self._again = sigma, 0, parent.again
         with torch.set_grad_enabled(parent.method.jacobian):
             self._x = x.detach().requires_grad_(parent.method.jacobian)
             self._mean = parent.denoiser(self._x, sigma)
         self.mean = self._mean.detach()
         with torch.no_grad():
             self.linear = self.operator.linearise(self.mean)
+            predicted = self._predict(parent.method.decode_factor)
             self.innovation, self.variance = self.operator.sites(
-                self.operator.predict(self.mean), self.linear, self.covariance, sigma, observation.values, observation.variance
+                predicted, self.linear, self.covariance, sigma, observation.values, observation.variance
             )
+
+    def _predict(self, factor: float) -> Tensor:
+        """A(D(x_t)); through the derivative from where it was last computed, as long as sigma has fallen by less than ``factor``."""
+        if factor <= 1 or not self.operator.linear:
+            return self.operator.predict(self.mean)
+        sigma, known = float(self.sigma), self.memory.get("predicted")
+        if known is not None and sigma <= known[2] < factor * sigma and len(known[0]) == len(self.mean):
+            return known[1] + self.observe(self.mean - known[0])
+        predicted = self.operator.predict(self.mean)
+        self.memory["predicted"] = self.mean, predicted, sigma
+        return predicted
 
     def pull(self, values: Tensor, last: bool = False) -> Tensor:
         """sigma^2 J^T A^T v for values (B, M): one vector-Jacobian product. ``last`` frees the graph."""
+        return self.back(self.covariance.expand(self.linear.adjoint(values.to(self.mean))), last and not self._again)
+
+    def back(self, push: Tensor, last: bool = True) -> Tensor:
+        """sigma^2 J^T p for latents p."""
         self.products += 1
-        push = self.covariance.expand(self.linear.adjoint(values.to(self.mean)))
         return self.sigma**2 * torch.autograd.grad(self._mean, self._x, push, retain_graph=not last)[0]
 
     def observe(self, latents: Tensor) -> Tensor:
@@ -214,6 +229,7 @@ class Correction(Guidance):
     """A guidance that adds to D(x_t) what the observation tells at x_t."""
 
     jacobian = True  #: needs products with the denoiser's Jacobian
+    decode_factor = 1.0  #: fall of sigma between two passes through the decoder; between them its linear part speaks for it
     exact = False  #: the posterior's own denoiser where the prior is Gaussian, up to the solver's tolerance
 
     def __call__(
@@ -224,6 +240,16 @@ class Correction(Guidance):
     @abstractmethod
     def correct(self, here: Local, twist: bool) -> tuple[Tensor, Tensor | None]:
         """E[z | z_t, y] - D(z_t), and, if ``twist``, log p~(y | z_t) (B,) up to a constant; None where the method has none."""
+
+    def left(self, here: Local, components: Tensor) -> tuple[Tensor, Tensor]:
+        """What the observation leaves open of a slope a, components (B, T, K): b = a - A^T (R + A C A^T)^{-1} A C a, and C b.
+
+        C b is the covariance of z with a . z given z_t and y.
+
+        Raises:
+            UserError: a method that does not have it.
+        """
+        raise UserError("an event beside observations needs guidance=moment_matching or jacobian_free")
 
 
 def check_on_failure(value: str) -> str:
@@ -236,6 +262,8 @@ def check_on_failure(value: str) -> str:
 class Conditioned(GuidedDenoiser):
     """The denoiser D(x_t) + correction of one observation."""
 
+    again = False  #: products with the Jacobian are made after the correction
+
     def __init__(
         self,
         method: Correction,
@@ -245,7 +273,7 @@ class Conditioned(GuidedDenoiser):
         report: SolverReport,
     ):
         self.method, self.denoiser, self.observation, self.covariance, self.report = method, denoiser, observation, covariance, report
-        self.memory: dict[str, Tensor] = {}
+        self.memory: dict[str, Any] = {}
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         here = Local(self, x, sigma)

@@ -51,18 +51,19 @@ def solve_known(
     max_iterations: int,
     precondition: Callable[[Tensor], Tensor] | None,
     twist: bool,
+    values: Tensor | None = None,
 ) -> tuple[Solution | None, Tensor, Tensor | None]:
     """v = (R + A C A^T)^{-1} (y - A D), for a C that costs no network call: symmetric positive definite.
 
     Args:
-        spread: C a for components a of the modes; twist: also log p~(y | x_t).
+        spread: C a for components a of the modes; twist: also log p~(y | x_t); values: (B, M) in the place of y - A D.
 
     Returns:
         what the solver did (None where the system was small and solved at once), v (B, M), log p~ (B,) or None. With a
         linear operator the determinant is the same for all members, and left out.
     """
     whiten, linear = here.variance.rsqrt(), here.linear
-    innovation = here.innovation * whiten
+    innovation, name = (here.innovation if values is None else values) * whiten, "v" if values is None else "values"
 
     def matvec(v: Tensor) -> Tensor:
         return linear.forward(spread(linear.adjoint(v * whiten))) * whiten
@@ -71,7 +72,7 @@ def solve_known(
         solution, logarithm = dense(innovation, matvec)
         return None, solution * whiten, logarithm
     tolerance = min(tolerance, PRECISE) if twist else tolerance
-    start = here.memory.get("v")
+    start = here.memory.get(name)
     solution = conjugate_gradients(lambda v: v + matvec(v), innovation, start, tolerance, max_iterations, precondition)
-    here.memory["v"] = solution.x
+    here.memory[name] = solution.x
     return solution, solution.x * whiten, -0.5 * (innovation * solution.x).sum(-1) if twist else None

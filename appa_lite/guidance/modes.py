@@ -1,14 +1,17 @@
 """Observations of decoded fields, seen from the space-time modes of the latents."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from appa_lite.core.blocks import Blocks
 from appa_lite.guidance.base import LatentOperator, LinearModes, PosteriorCovariance
 from appa_lite.observations.base import WeightedCells
 
 BLOCK = 1024  # rows of a block of the preconditioner
+KEPT = 2**27  # numbers in the preconditioners that are kept
 
 
 class ModeResponses:
@@ -78,12 +81,29 @@ class DecodedCells(LatentOperator):
     ):
         self.operator, self.frames, self.decode, self.responses, self.slope = operator, frames, decode, responses, slope
         self.linear = operator.linear and slope is None
+        self.memory: dict[object, Any] = {}
         order = torch.argsort(responses.first, stable=True)
         frames, counts = torch.unique_consecutive(responses.first[order], return_counts=True)
         self.groups = [(f, rows, responses.phi[rows]) for f, rows in zip(frames.tolist(), order.split(counts.tolist()), strict=True)]
 
     def predict(self, latents: Tensor) -> Tensor:
         return torch.cat([self.operator(self.decode(z[None])) for z in latents])
+
+    def kept(
+        self, covariance: PosteriorCovariance, sigma: Tensor, variance: Tensor, make: Callable[[], list[tuple[Tensor, Tensor]]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What ``make`` makes at a noise level: once, for all batches of members that come by."""
+        if variance.ndim > 1:  # each member's own
+            return make()
+        before, level = self.memory.get("of"), float(sigma)
+        if before is None or before[0] is not type(covariance) or not torch.equal(before[1], variance):
+            self.memory = {"of": (type(covariance), variance)}
+        if level not in self.memory:
+            made = make()
+            if sum(factor.numel() for _, factor in made) * len(self.memory) > KEPT:
+                return made
+            self.memory[level] = made
+        return self.memory[level]
 
     def linearise(self, latents: Tensor) -> "CellModes":
         gains = None
@@ -92,11 +112,12 @@ class DecodedCells(LatentOperator):
         return CellModes(self, gains)
 
     def gains(self, latents: Tensor) -> Tensor:
-        """dy_row / d term, (B, P): one for linear rows, term / |norm| for norms, times the slope of the transform."""
+        """dy_row / d term, (B, P): one for linear rows, term / |norm| for norms, 2 term for squares, times the slope of the transform."""
         operator, fields = self.operator, self.decode(latents)
         terms = _terms(operator, fields, operator.weight)
         size = torch.zeros(terms.shape[0], len(operator), dtype=terms.dtype).index_add(1, operator.row, terms**2).clamp(min=1e-12).sqrt()
-        gains = torch.where(operator.norm[operator.row], terms / size[:, operator.row], torch.ones_like(terms))
+        norm = operator.norm[operator.row]
+        gains = torch.where(norm == 1, terms / size[:, operator.row], torch.where(norm == 2, 2 * terms, torch.ones_like(terms)))
         if self.slope is not None:
             gains = gains * _terms(operator, self.slope(latents), operator.weight.abs()) / operator.weight.abs().sum(1)
         return gains
@@ -139,28 +160,42 @@ class CellModes(LinearModes):
             padded[:, frame : frame + r.offsets] += part.reshape(values.shape[0], r.offsets, -1)
         return padded[:, r.reach : r.reach + frames]
 
-    def preconditioner(self, covariance: PosteriorCovariance, sigma: Tensor, variance: Tensor) -> Callable[[Tensor], Tensor] | None:
+    def preconditioner(
+        self, covariance: PosteriorCovariance, sigma: Tensor, variance: Tensor, correlation: Blocks | None = None
+    ) -> Callable[[Tensor], Tensor]:
         """Block Jacobi: the values that fall on one latent frame are solved for together (at most ``BLOCK`` of them).
 
-        Where the derivative depends on the state, every member has its own: then the diagonal alone.
+        Where the derivative depends on the state, every member has its own: then the diagonal alone. With a ``correlation`` C
+        of the errors it stands in the place of I.
         """
-        local, whiten = covariance.local(self.parent.responses.offsets, sigma), variance.rsqrt()
         if not self.plain or self.gains is not None:
-            return self._diagonal(local, variance)
-        factors = []
-        for _, rows, phi in self.parent.groups:
-            for part, seen in zip(rows.split(BLOCK), phi.split(BLOCK), strict=True):
-                spread = torch.einsum("psk,ksr->prk", seen, local).flatten(1) @ seen.flatten(1).T
-                block = whiten[part, None] * spread * whiten[part] + torch.eye(len(part), dtype=spread.dtype, device=spread.device)
-                factors.append((part, torch.linalg.cholesky(block)))
+            return self._diagonal(covariance.local(self.parent.responses.offsets, sigma), variance)
+        factors = self.parent.kept(covariance, sigma, variance, lambda: self._factors(covariance, sigma, variance, correlation))
 
         def apply(residual: Tensor) -> Tensor:
             out = torch.empty_like(residual)
             for part, factor in factors:
-                out[:, part] = torch.cholesky_solve(residual[:, part].T.to(factor), factor).T.to(residual)
+                right = residual[:, part].to(factor)
+                if factor.ndim == 2:  # one for all members
+                    solved = torch.cholesky_solve(right.T, factor).T
+                else:
+                    solved = torch.cholesky_solve(right[..., None], factor)[..., 0]
+                out[:, part] = solved.to(residual)
             return out
 
         return apply
+
+    def _factors(
+        self, covariance: PosteriorCovariance, sigma: Tensor, variance: Tensor, correlation: Blocks | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        local, whiten, factors = covariance.local(self.parent.responses.offsets, sigma), variance.rsqrt(), []
+        for _, rows, phi in self.parent.groups:
+            for part, seen in zip(rows.split(BLOCK), phi.split(BLOCK), strict=True):
+                spread = torch.einsum("psk,ksr->prk", seen, local).flatten(1) @ seen.flatten(1).T
+                scale = whiten[..., part]
+                unit = torch.eye(len(part)) if correlation is None else correlation.submatrix(part)
+                factors.append((part, torch.linalg.cholesky(scale[..., None] * spread * scale[..., None, :] + unit.to(spread))))
+        return factors
 
     def _diagonal(self, local: Tensor, variance: Tensor) -> Callable[[Tensor], Tensor]:
         """1 / (1 + diag(A C A^T) / R), the terms of a row counted as if they were independent."""

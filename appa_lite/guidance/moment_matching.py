@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from appa_lite.guidance.base import Correction, Local, check_on_failure
-from appa_lite.guidance.gaussian import solve_known
+from appa_lite.guidance.gaussian import PRECISE, solve_known
 
 
 class MomentMatching(Correction):
@@ -22,6 +22,7 @@ class MomentMatching(Correction):
         tolerance: relative residual, in the R-whitened norm.
         max_iterations: of conjugate gradients, per noise level.
         inflation: factor on C.
+        decode_factor: fall of sigma between two passes through the decoder; 1 decodes at every step.
         on_failure: ``warn`` or ``error`` where the tolerance is not reached.
     """
 
@@ -33,17 +34,30 @@ class MomentMatching(Correction):
         tolerance: float = 0.01,
         max_iterations: int = 300,
         inflation: float = 1.0,
+        decode_factor: float = 1.0,
         on_failure: str = "warn",
     ):
         self.jacobian, self.tolerance, self.max_iterations, self.inflation = jacobian, tolerance, max_iterations, inflation
+        self.decode_factor = decode_factor
         self.on_failure = check_on_failure(on_failure)
 
     def correct(self, here: Local, twist: bool) -> tuple[Tensor, Tensor | None]:
-        def spread(components: Tensor) -> Tensor:
-            return here.covariance.apply(components, here.sigma) * self.inflation
-
-        precondition = here.linear.preconditioner(here.covariance, here.sigma, here.variance / self.inflation)
-        solution, v, logarithm = solve_known(here, spread, self.tolerance, self.max_iterations, precondition, twist)
-        correction = here.pull(v, last=True) if self.jacobian else here.covariance.expand(spread(here.linear.adjoint(v)))
+        solution, v, logarithm = self._solve(here, self.tolerance, twist)
+        correction = here.pull(v, last=True) if self.jacobian else here.covariance.expand(self._spread(here, here.linear.adjoint(v)))
         here.solved(solution, self.tolerance, self.on_failure)
         return correction, logarithm
+
+    def left(self, here: Local, components: Tensor) -> tuple[Tensor, Tensor]:
+        tolerance = min(self.tolerance, PRECISE)  # of a difference
+        seen = here.linear.forward(self._spread(here, components))
+        solution, w, _ = self._solve(here, tolerance, False, seen)
+        here.solved(solution, tolerance, self.on_failure)
+        left = components - here.linear.adjoint(w)
+        return left, self._spread(here, left)
+
+    def _spread(self, here: Local, components: Tensor) -> Tensor:
+        return here.covariance.apply(components, here.sigma) * self.inflation
+
+    def _solve(self, here: Local, tolerance: float, twist: bool, values: Tensor | None = None):
+        precondition = here.linear.preconditioner(here.covariance, here.sigma, here.variance / self.inflation)
+        return solve_known(here, lambda c: self._spread(here, c), tolerance, self.max_iterations, precondition, twist, values)

@@ -57,7 +57,7 @@ class ScoredCells(LatentOperator):
         channel = (operator.index % operator.frame_size) // (shape[0] * shape[1])
         terms = torch.zeros(len(operator), dtype=torch.long).index_add(0, operator.row, torch.ones_like(operator.row))
         first = torch.zeros(len(operator), dtype=torch.long).index_copy(0, operator.row, channel[:, 0])
-        point = (terms == 1) & ~operator.norm & (operator.weight.shape[1] <= TERMS) & (operator.offset == 0)
+        point = (terms == 1) & (operator.norm == 0) & (operator.weight.shape[1] <= TERMS) & (operator.offset == 0)
         self.rows = {c: torch.nonzero(point & (first == c))[:, 0] for c in margins}
 
     def predict(self, latents: Tensor) -> Tensor:

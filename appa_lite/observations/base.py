@@ -16,6 +16,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from appa_lite.core.blocks import Blocks
+
 NORM_FLOOR = 1e-12  # of a squared norm, as in FieldSpec.evaluate: the gradient is zero, not infinite, at rest
 
 
@@ -61,10 +63,11 @@ class WeightedCells(ObservationOperator):
     """What every instrument that sums cells shares: a sparse matrix with J entries in each of its P rows.
 
         term_p = sum_j weight_pj x[index_pj],      y_m = offset_m + sum_{p in m} term_p          (linear rows)
-                                                   y_m = offset_m + sqrt(sum_{p in m} term_p^2)  (norm rows, e.g. wind speed)
+                                                   y_m = offset_m + sqrt(sum_{p in m} term_p^2)  (norm 1, e.g. wind speed)
+                                                   y_m = offset_m + sum_{p in m} term_p^2        (norm 2, e.g. an energy)
 
     ``index`` (P, J) int64 points into the flattened (T*C*H*W) and ``weight`` (P, J) is zero on padding; ``row`` (P,)
-    tells which observation a term belongs to; ``norm`` (M,) bool; ``offset`` (M,) in the observed units;
+    tells which observation a term belongs to; ``norm`` (M,) is 0 where they are summed; ``offset`` (M,) in the observed units;
     ``frame_size`` is C*H*W.
     """
 
@@ -93,9 +96,9 @@ class WeightedCells(ObservationOperator):
         if len(self.row) == len(self) and self.linear:  # one term per row, in order
             return terms
         row, norm = self.row.to(terms.device), self.norm.to(terms.device)
-        terms = torch.where(norm[row], terms.square(), terms)
+        terms = torch.where(norm[row] > 0, terms.square(), terms)
         sums = terms.new_zeros((*terms.shape[:-1], len(self))).index_add(-1, row, terms)
-        return torch.where(norm, sums.clamp(min=NORM_FLOOR).sqrt(), sums)
+        return torch.where(norm == 1, sums.clamp(min=NORM_FLOOR).sqrt(), sums)
 
     def select(self, keep: Tensor) -> "WeightedCells":
         terms = keep[self.row]
@@ -189,19 +192,23 @@ class Composed(ObservationOperator):
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """Values y of A(x) with independent errors: y_m ~ N(A(x)_m, variance_m).
+    """Values y of A(x) with errors e ~ N(0, S C S), S = diag(variance)^{1/2}; C = I, independent errors, unless said otherwise.
 
     Args:
         values: (M,), or (B, M) when they differ by member, in the units of what is observed.
-        variance: (M,), error variance R, in squared units.
+        variance: (M,), error variance, in squared units.
         operator: A, with M rows.
         provenance: the M rows of the table the values came from, if any.
+        correlation: C, ones on its diagonal; None where errors are independent.
+        degrees: of freedom of independent Student-t errors of scale variance^{1/2}; None where errors are normal.
     """
 
     values: Tensor
     variance: Tensor
     operator: ObservationOperator
     provenance: pd.DataFrame | None = None
+    correlation: Blocks | None = None
+    degrees: float | None = None
 
     def __post_init__(self):
         sizes = {self.values.shape[-1], len(self.variance), len(self.operator)}
@@ -221,7 +228,9 @@ class Observation:
     def select(self, keep: Tensor) -> "Observation":
         """The rows where ``keep`` (M,) bool is True."""
         provenance = None if self.provenance is None else self.provenance[keep.cpu().numpy()].reset_index(drop=True)
-        return Observation(self.values[..., keep], self.variance[keep], self.operator.select(keep), provenance)
+        correlation = None if self.correlation is None else self.correlation.select(keep)
+        operator = self.operator.select(keep)
+        return Observation(self.values[..., keep], self.variance[keep], operator, provenance, correlation, self.degrees)
 
     def window(self, start: int, stop: int) -> "Observation":
         """The rows whose frames all fall in [start, stop), for fields whose first frame is ``start``."""
@@ -232,6 +241,31 @@ class Observation:
         """The same values as an observation of z, x = decode(z). Take the window first."""
         return replace(self, operator=Composed(self.operator, decode))
 
+    def mixing(self) -> Blocks | None:
+        """T = S L^{-1} S^{-1}, C = L L^T, or None for the identity.
+
+        T y = T A(x) + T e are observations with *independent* errors of the same ``variance``: T S C S T^T = S S. Whatever
+        takes a diagonal R, guidance, samplers, Kalman methods and evidence alike, is given T y and T A.
+        """
+        if self.correlation is None:
+            return None
+        scale = self.variance.double().sqrt()
+        factors = self.correlation.cholesky().inverse()
+        return factors.map(lambda rows, matrix: scale[rows, None] * matrix.to(scale) / scale[rows])
+
+    def inflated(self, weight: Tensor) -> "Observation":
+        """The errors of doubtful rows enlarged by independent ones: variance / weight (M,), the correlated part as it is."""
+        variance, correlation = self.variance / weight.to(self.variance), self.correlation
+        if correlation is not None:
+            root = weight.double().sqrt()
+
+            def damped(rows: Tensor, matrix: Tensor) -> Tensor:
+                inner = root[rows, None] * matrix * root[rows]
+                return inner - inner.diagonal().diag() + matrix.diagonal().diag()
+
+            correlation = correlation.map(damped)
+        return replace(self, variance=variance, correlation=correlation)
+
     def residual(self, x: Tensor) -> Tensor:
         """y - A(x), (..., M)."""
         predicted = self.operator(x)
@@ -240,7 +274,8 @@ class Observation:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Observation":
         """Everything on a device, real numbers in a dtype."""
         moved = self.values.to(device, dtype), self.variance.to(device, dtype), self.operator.to(device, dtype)
-        return Observation(*moved, self.provenance)
+        correlation = None if self.correlation is None else self.correlation.to(device)
+        return Observation(*moved, self.provenance, correlation, self.degrees)
 
     @classmethod
     def concatenate(cls, observations: Sequence["Observation"]) -> "Observation":
@@ -252,4 +287,8 @@ class Observation:
         batch = torch.broadcast_shapes(*[o.values.shape[:-1] for o in observations])
         values = torch.cat([o.values.expand(*batch, len(o)) for o in observations], dim=-1)
         variance = torch.cat([o.variance for o in observations])
-        return cls(values, variance, Stacked(tuple(o.operator for o in observations)), provenance)
+        if len({o.degrees for o in observations}) > 1:
+            raise ValueError("observations with errors of several laws cannot be one")
+        correlation = Blocks.concatenate([o.correlation for o in observations], [len(o) for o in observations])
+        operator = Stacked(tuple(o.operator for o in observations))
+        return cls(values, variance, operator, provenance, correlation, observations[0].degrees)

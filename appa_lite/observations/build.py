@@ -10,10 +10,11 @@ import torch
 import xarray as xr
 
 from appa_lite.core.errors import UserError
-from appa_lite.core.fields import FieldSpec, Variable
+from appa_lite.core.fields import FUNCTION, FieldSpec, Variable
 from appa_lite.observations import cells
 from appa_lite.observations.area_mean import AreaMeanOperator
 from appa_lite.observations.base import Observation, ObservationOperator, Stacked
+from appa_lite.observations.correlation import correlate
 from appa_lite.observations.humidity import add_specific_humidity
 from appa_lite.observations.options import TableOptions, flag
 from appa_lite.observations.points import PointOperator
@@ -29,7 +30,7 @@ def build_observation(
 ) -> tuple[Observation, dict[str, int]]:  # fmt: skip
     """The observation of the fields at ``times`` that a table holds, and what became of its rows.
 
-        y = A(x) + bias - lapse_rate (elev - grid elevation) + e,   e ~ N(0, error_std^2)
+        y = A(x) + bias - lapse_rate (elev - grid elevation) + e,   e ~ N(0, error_std^2), or as the options say
 
     Rows with a ``half_width`` or ``radius`` are means over that footprint, others are values at points. The order of
     the rows of the table does not matter.
@@ -67,7 +68,8 @@ def build_observation(
         log.warning("observations: %s", ", ".join(f"{n} {k}" for k, n in counts.items()))
     kept = table.iloc[good[rows]].reset_index(drop=True)
     values, error_std = (torch.from_numpy(kept[c].to_numpy(np.float64, copy=True)) for c in ("observation", "error_std"))
-    return Observation(values, error_std.square(), operator, kept).to("cpu", dtype), counts
+    correlation = correlate(kept, spec, options.error_correlation)
+    return Observation(values, error_std.square(), operator, kept, correlation, options.student_t).to("cpu", dtype), counts
 
 
 def place(
@@ -99,6 +101,8 @@ def _to_spec(table: pd.DataFrame, spec: FieldSpec, options: TableOptions) -> tup
     """Names, units and default errors of the spec; and why a row is bad so far ('' where it is not)."""
     table, reason = table.copy(), np.full(len(table), "", dtype=object)
     known = {entry.name: entry.units for entry in (*spec.variables, *spec.derived)}
+    functions = {options.renaming(name).name for name in table["variable"].dropna().unique()}
+    known |= {name: spec.quantity(name).units for name in functions if FUNCTION.fullmatch(str(name))}
     table["variable"] = table["variable"].astype(object)
     for name, rows in table.groupby("variable").indices.items():
         entry = options.renaming(name)

@@ -12,6 +12,7 @@ from appa_lite.core.fields import FieldSpec, Grid, to_seconds
 USED, OUTSIDE_PERIOD, OUTSIDE_DOMAIN, MISSING_CELL = range(4)
 REASONS = {OUTSIDE_PERIOD: "outside the period", OUTSIDE_DOMAIN: "outside the domain", MISSING_CELL: "over a missing cell"}
 EDGE = 1e-6  # cells: tolerance at the edges of the domain and of the period, and of what counts as on a frame
+POWERS = {"linear": 0, "norm": 1, "square": 2}  # of the norm of the terms of a derived quantity
 _DY, _DX = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
 
 
@@ -190,10 +191,10 @@ def collate(
     return {**{k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}, "frame_size": int(np.prod(spec.shape))}
 
 
-def inputs(spec: FieldSpec, name: str) -> tuple[list[tuple[int, float]], bool]:
-    """(channel, coefficient) of what ``name`` is computed from, and whether it is a norm."""
+def inputs(spec: FieldSpec, name: str) -> tuple[list[tuple[int, float]], int]:
+    """(channel, coefficient) of what ``name`` is computed from, and the power of their norm: 0 for a sum, 1, or 2 for squares."""
     if name in spec.names:
-        return [(spec.index(name), 1.0)], False
+        return [(spec.index(name), 1.0)], 0
     quantity = spec.quantity(name)
     pairs = zip(quantity.inputs, quantity.coefficients, strict=True)
-    return [(spec.index(i), c) for i, c in pairs], quantity.kind == "norm"
+    return [(spec.index(i), c) for i, c in pairs], POWERS[quantity.kind]

@@ -44,10 +44,16 @@ class FullState(Network):
         variables: names; None for every prognostic variable.
         error_std: one number, or one per variable, in the variable's units.
         frames: indices of frames, negative ones from the end; None for every one.
+        function: ``abs`` or ``square`` of the variables is what is seen; None: the variables.
     """
 
-    def __init__(self, error_std: float | Mapping[str, float], variables: Sequence[str] | None = None, frames: Sequence[int] | None = None):
-        self.error_std, self.variables, self.frames = error_std, variables, frames
+    def __init__(
+        self, error_std: float | Mapping[str, float], variables: Sequence[str] | None = None, frames: Sequence[int] | None = None,
+        function: str | None = None,
+    ):  # fmt: skip
+        if function not in (None, "abs", "square"):
+            raise UserError(f"full_state: function={function}: expected abs, square or null")
+        self.error_std, self.variables, self.frames, self.function = error_std, variables, frames, function
 
     def draw(self, spec: FieldSpec, times: np.ndarray, generator: torch.Generator) -> pd.DataFrame:
         count = len(times)
@@ -59,6 +65,7 @@ class FullState(Network):
         for name, error_std in error_table(spec, self.variables, self.error_std).items():
             shift = getattr(spec.quantity(name), "shift", (0.0, 0.0))
             y, x = cells.coordinate(spec.grid.y, rows + shift[0]), cells.coordinate(spec.grid.x, columns + shift[1])
+            seen = name if self.function is None else f"{self.function}({name})"
             for frame in frames:
-                tables.append(table_of(spec, np.full(len(y), times[frame]), y, x, name, error_std, "full_state"))
+                tables.append(table_of(spec, np.full(len(y), times[frame]), y, x, seen, error_std, "full_state"))
         return pd.concat(tables, ignore_index=True)

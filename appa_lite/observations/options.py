@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 
 from appa_lite.core.errors import UserError
+from appa_lite.observations.correlation import ErrorCorrelation
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class TableOptions:
         columns: {name in the file: time, latitude, ..., observation}, for files with names of their own.
         good_qc: flags that are accepted; no flag always is.
         reach: cells; how far the nearest existing cell may be from a point whose four neighbours are missing.
+        error_correlation: {type or variable: {length, time, kernel, share, by}}, see `correlation`.
+        student_t: degrees of freedom of errors with heavier tails than normal ones, of scale error_std; None: normal errors.
     """
 
     time_interpolation: str = "linear"
@@ -75,6 +78,8 @@ class TableOptions:
     columns: Mapping[str, str] = field(default_factory=dict)
     good_qc: tuple[str, ...] = ("0", "1")
     reach: float = 1.5
+    error_correlation: Mapping[str, ErrorCorrelation] = field(default_factory=dict)
+    student_t: float | None = None
 
     @classmethod
     def parse(cls, options: "TableOptions | Mapping | None") -> "TableOptions":
@@ -93,6 +98,12 @@ class TableOptions:
             options["elevation"] = _entry(options["elevation"], Elevation, "elevation")
         if options.get("specific_humidity"):
             options["specific_humidity"] = _entry(options["specific_humidity"], Humidity, "specific_humidity")
+        if options.get("error_correlation"):
+            options["error_correlation"] = {k: _correlation(k, v) for k, v in options["error_correlation"].items()}
+        if options.get("student_t") is not None and not float(options["student_t"]) > 0:
+            raise UserError(f"observations: student_t={options['student_t']} must be a positive number of degrees of freedom")
+        if options.get("student_t") is not None and options.get("error_correlation"):
+            raise UserError("observations: errors are either correlated or Student-t distributed: give error_correlation or student_t")
         if "good_qc" in options:
             options["good_qc"] = tuple(flag(q) for q in options["good_qc"] or ())
         return cls(**{k: v for k, v in options.items() if v is not None})
@@ -106,6 +117,13 @@ def flag(value: object) -> str:
     text = (value.decode() if isinstance(value, bytes) else str(value)).strip()
     text = text.removesuffix(".0")
     return "" if text.lower() in ("nan", "none", "<na>") else text
+
+
+def _correlation(name: str, values: Mapping) -> ErrorCorrelation:
+    entry = {**(values or {})}
+    if "by" in entry:
+        entry["by"] = (entry["by"],) if isinstance(entry["by"], str) else tuple(entry["by"])
+    return _entry(entry, ErrorCorrelation, f"error_correlation.{name}")
 
 
 def _entry(values: Mapping, kind: type, where: str) -> object:

@@ -48,7 +48,7 @@ class PointOperator(WeightedCells):
         rows = np.flatnonzero(status == cells.USED)
         y, x, lower, fraction = y[rows], x[rows], lower[rows], fraction[rows]
         names = table["variable"].to_numpy()[rows]
-        norm, seen, terms = np.zeros(len(rows), dtype=bool), np.ones(len(rows), dtype=bool), []
+        norm, seen, terms = np.zeros(len(rows), dtype=np.int64), np.ones(len(rows), dtype=bool), []
         for name in pd.unique(names):
             at = np.flatnonzero(names == name)
             pairs, norm[at] = cells.inputs(spec, name)

@@ -28,7 +28,7 @@ from appa_lite.observations.rows import drop_duplicates, kinds, withheld
 from appa_lite.observations.table import canonical
 from appa_lite.stages.parallel import Part, batches, packed, unpacked
 from appa_lite.stages.prior import competitor
-from appa_lite.verification.innovations import effective_members, evidence, summary, used_sums, withheld_sums
+from appa_lite.verification.innovations import MISFIT, effective_members, evidence, summary, used_sums, withheld_sums
 
 log = logging.getLogger(__name__)
 
@@ -121,9 +121,11 @@ def judged(cfg: DictConfig, model: Engine, observation: Observation, times: np.n
         return observation, np.zeros(len(observation), dtype=bool)
     if model.checkpoint is None:
         raise UserError("gross_error_probability needs the climatology of a trained checkpoint: leave it out")
-    pieces = innovations(model.checkpoint, observation, times)
+    if observation.degrees is not None:
+        raise UserError("gross_error_probability and network.student_t are two ways to doubt values: leave one out")
+    pieces = innovations(model.checkpoint, replace(observation, correlation=None), times)  # each value is judged for itself
     probability, weight = gross_errors(pieces, len(observation), cfg.gross_error_probability, cfg.seed)
-    return replace(observation, variance=observation.variance / weight.to(observation.variance)), (probability > 0.5).numpy()
+    return observation.inflated(weight), (probability > 0.5).numpy()
 
 
 # Members
@@ -192,7 +194,11 @@ def seen(rows: Rows, used: Observation, keep: np.ndarray, fields: torch.Tensor, 
 def sums_of(rows: Rows, used: Observation, keep: np.ndarray, parts: Sequence[Part], names: list[str], seed: int) -> np.ndarray:
     """Sums of the innovations of the ensemble whose members are in ``parts``, see `seen`."""
     at_used, at_withheld = (torch.cat([part[name] for part in parts]) for name in ("used", "withheld"))
-    sums = used_sums(used.values, at_used, used.variance, kinds(used.provenance), names)
+    sums, mixing = used_sums(used.values, at_used, used.variance, kinds(used.provenance), names), used.mixing()
+    if mixing is not None:  # ratios from independent combinations of rows, biases from the rows themselves
+        bias = sums[:, MISFIT].copy()
+        sums = used_sums(mixing(used.values), mixing(at_used), used.variance, kinds(used.provenance), names)
+        sums[:, MISFIT] = bias
     hidden = rows.withheld & keep
     if hidden.any():
         kept = rows.part(hidden)

@@ -1,12 +1,14 @@
-"""``benchmark``: guidance methods and samplers beside a posterior that is known, error against cost."""
+"""``benchmark``: guidance methods and samplers beside a posterior that is known, error against cost; or their price on a learned prior."""
 
 import json
 import time
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
@@ -14,9 +16,14 @@ from appa_lite.config import build, compose, directory, options
 from appa_lite.core.errors import UserError
 from appa_lite.core.store import atomic, provenance
 from appa_lite.diffusion.base import Sampler
+from appa_lite.forecasters.guided_cost import guided_cost
 from appa_lite.forecasters.laboratory import Problem, guided_sample, make_problem, scores
 from appa_lite.guidance.base import Guidance
+from appa_lite.models.checkpoint import Checkpoint
+from appa_lite.observations import build_observation
 from appa_lite.simulators.base import Simulator
+from appa_lite.stages import assimilation as shared
+from appa_lite.stages.device import device
 from appa_lite.verification.cost import COST, SCORES, cost_figure, cost_table, over_problems
 from appa_lite.verification.tables import Record, dumps
 
@@ -27,9 +34,12 @@ def run(cfg: DictConfig) -> None:
     """Draw from every posterior with every method; write ``benchmark.json`` and ``.png`` in ``cfg.out``; print the means."""
     if cfg.members < 2 or min(cfg.batch, cfg.problems) < 1:
         raise UserError(f"members are at least 2, batch and problems 1, found {cfg.members}, {cfg.batch} and {cfg.problems}")
-    out, simulator = Path(cfg.out), build(cfg.simulator, Simulator)
+    out = Path(cfg.out)
     if out.is_file():
         raise UserError(f"out={out} is a file: give a directory")
+    if cfg.checkpoint is not None:
+        return price(cfg, out)
+    simulator = build(cfg.simulator, Simulator)
     lines, records = list(methods(cfg)), []
     for number in range(cfg.problems):
         problem = make_problem(simulator, **{key: cfg[key] for key in SETTINGS}, seed=cfg.seed + number)
@@ -37,10 +47,43 @@ def run(cfg: DictConfig) -> None:
     rows, title = over_problems(records), _title(cfg, len(problem.matrix))
     files = {"benchmark.json": dumps(records, ".json").encode(), "benchmark.png": cost_figure(rows, title)}
     files["settings.json"] = json.dumps(provenance(cfg, cfg.seed), indent=1).encode()
-    for name, content in files.items():
-        with atomic(out / name) as partial:
-            partial.write_bytes(content)
+    _write(out, files)
     print(f"{title}\n{cost_table(rows)}\n{out / 'benchmark.json'}: {len(records)} rows; {out / 'benchmark.png'}: error against cost")
+
+
+def price(cfg: DictConfig, out: Path) -> None:
+    """What guided calls cost on a learned prior and a file of observations: ``cost.json`` in ``out``, and a table."""
+    if cfg.observations is None:
+        raise UserError("benchmark checkpoint=... needs observations=FILE, whose guided calls are timed")
+    model, paths, options = Checkpoint.load(cfg.checkpoint, device(cfg.device)), shared.files(cfg.observations), shared.table_options(cfg)
+    if model.denoiser is None:
+        raise UserError(f"'{cfg.checkpoint}' holds an autoencoder only: give the model directory of a denoiser")
+    table = shared.canonical_table(shared.read_files(paths, options), cfg)
+    times = shared.covering(*shared.ends(table["time"], cfg.start, cfg.end), model.spec.step, model.settings.get("phase", 0.0))
+    observation, _ = build_observation(table, model.spec, times, options)
+    observation, records = observation.to(device(cfg.device), torch.float32), []
+    for labels, (guidance, sampler) in methods(cfg):
+        if guidance is None:
+            raise UserError("guidance=null has no guided call to time")
+        with tqdm(desc=" ".join(map(str, labels.values())), unit="step", leave=False) as bar:
+            step = partial(_advance, bar)
+            found = guided_cost(model, observation, times, guidance, sampler, range(cfg.members), cfg.seed, step)
+        records.append({**labels, "members": cfg.members, "observations": len(observation), "frames": len(times), **found})
+    files = {"cost.json": dumps(records, ".json"), "settings.json": json.dumps(provenance(cfg, cfg.seed, paths), indent=1)}
+    _write(out, {name: content.encode() for name, content in files.items()})
+    frame = pd.DataFrame(records).drop(columns=["members", "observations", "frames"])
+    print(f"{len(observation)} observations of {len(times)} frames, {cfg.members} members at once; multiples of a plain forward")
+    print(frame.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+
+
+def _advance(bar: tqdm, step: int, steps: int) -> None:
+    bar.update()
+
+
+def _write(out: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        with atomic(out / name) as unfinished:
+            unfinished.write_bytes(content)
 
 
 def methods(cfg: DictConfig) -> Iterator[tuple[Record, tuple[Guidance | None, Sampler]]]:

@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -179,7 +179,8 @@ def _piece(cfg: DictConfig, model: shared.Engine, plan: Plan, frame: int, member
 def _analysis(cfg: DictConfig, model: shared.Engine, plan: Plan, frame: int, parts: list[Part], work: Work) -> xr.Dataset:
     """One analysis, with the sums of the innovations since the one before."""
     seen = plan.seen(frame)
-    recent = replace(_recent(plan, frame, _given(plan, frame)), variance=parts[0]["variance"])
+    stated = _recent(plan, frame, _given(plan, frame))
+    recent = stated.inflated(stated.variance / parts[0]["variance"])
     sums = shared.sums_of(plan.rows, recent, plan.new(frame) & seen, parts, plan.names, _seed(cfg, plan, frame))
     fields = stacked([part["fields"] for part in parts]).swapaxes(0, 1)
     dataset = work.dataset(model.spec, fields, {"time": [plan.time(frame)], "number": np.arange(cfg.members)})

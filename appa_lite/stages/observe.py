@@ -1,6 +1,6 @@
 """``observe``: the observation file that a network of instruments would have made of a truth."""
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from appa_lite.config import build
 from appa_lite.core.errors import UserError
@@ -23,8 +23,8 @@ def run(cfg: DictConfig) -> None:
         if not 0 <= cfg.trajectory < dataset.sizes[dim]:
             raise UserError(f"trajectory={cfg.trajectory}: {cfg.truth} has {dataset.sizes[dim]}, numbered from 0")
         dataset = dataset.isel({dim: cfg.trajectory})
-    interpolation = cfg.network.get("time_interpolation", TableOptions().time_interpolation)
-    table = observe(spec.to_tensor(dataset), spec, dataset["time"].values, networks, cfg.seed, interpolation)
+    options = TableOptions.parse(OmegaConf.to_container(cfg.network))
+    table = observe(spec.to_tensor(dataset), spec, dataset["time"].values, networks, cfg.seed, options)
     table.attrs = provenance(cfg, cfg.seed, [cfg.truth])
     write_table(cfg.out, table)
     counts = ", ".join(f"{count} {name}" for name, count in table["variable"].value_counts().items())

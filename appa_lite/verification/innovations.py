@@ -28,6 +28,7 @@ from appa_lite.verification.statistics import crps_fair
 
 #: sums over the values used: 1, 1/R, (y - a)/R, (y - a)^2/R, A (1 - 1/N)/R, y, (y - a) y/R
 USED = ("rows", "precision", "misfit", "squared_misfit", "spread", "value", "product")
+MISFIT = USED.index("misfit")
 #: sums over the values withheld: number, CRPS, squared error, the one a perfect ensemble expects
 WITHHELD = ("withheld", "crps", "squared_error", "expected_squared_error")
 INTERVAL = 0.8  # of the central interval whose coverage is counted
