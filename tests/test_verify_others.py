@@ -8,7 +8,10 @@ import pytest
 import xarray as xr
 
 from appa_lite.cli import main
+from appa_lite.data.open import open_fields
+from appa_lite.training.data import climatology
 from appa_lite.verification import cases
+from appa_lite.verification.thresholds import climatological_quantiles
 from appa_lite.verification.verify import Verification
 
 T = 274.5
@@ -42,6 +45,31 @@ def data():
 
 def write(dataset, path):
     dataset.to_zarr(path) if path.suffix == ".zarr" else dataset.to_netcdf(path, engine="h5netcdf")
+
+
+def test_thresholds_are_stored_with_a_model_by_its_training(data, tmp_path, monkeypatch):
+    """Those of the training data, pooled over cells, whatever was derived from them."""
+    monkeypatch.chdir(tmp_path)
+    forecast, truth = data
+    training = truth.isel(time=slice(0, 30))
+    dataset, spec = open_fields(training)
+    stored = climatology(spec, spec.to_tensor(dataset)[None])
+    expected = climatological_quantiles(training, per_cell=False)["t2m"]
+    np.testing.assert_allclose(stored["t2m_quantile"].values, expected.values, rtol=1e-6)
+    (tmp_path / "model").mkdir()
+    write(stored, tmp_path / "model" / "climatology.nc")
+    write(stored.drop_vars("t2m_quantile"), tmp_path / "old.nc")
+    write(forecast, tmp_path / "forecast.nc")
+    write(truth, tmp_path / "truth.nc")
+    line = ["verify", "forecast=forecast.nc", "truth=truth.nc", "checkpoint=model", "out=s.csv", "verification=quick"]
+    assert main([*line, "thresholds=model"]) == 0
+    table = pd.read_csv("s.csv")
+    events = table[(table["metric"] == "events_q95") & (table["lead_time"] == 21600) & (table["system"] == "forecast")]["value"].item()
+    valid = forecast["time"] + forecast["prediction_timedelta"].isel(prediction_timedelta=0)
+    assert events == int((truth["t2m"].sel(time=valid) > float(expected[0])).sum())
+    (tmp_path / "model" / "climatology.nc").unlink()
+    (tmp_path / "old.nc").rename(tmp_path / "model" / "climatology.nc")
+    assert main([*line, "thresholds=model"]) == 2
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::zarr.errors.ZarrUserWarning")

@@ -15,6 +15,7 @@ from appa_lite.models.checkpoint import Checkpoint
 from appa_lite.models.identity import IdentityAutoencoder
 from appa_lite.models.normalizer import Normalizer
 from appa_lite.training.latents import LatentStore, encode
+from appa_lite.verification.thresholds import QUANTILES, pooled_quantiles
 
 
 @dataclass(frozen=True)
@@ -136,15 +137,15 @@ class LatentWindows(Dataset):
 
 
 def climatology(spec: FieldSpec, fields: Tensor) -> xr.Dataset:
-    """Mean ``<name>`` and standard deviation ``<name>_std`` of every cell, of fields (N, T, C, H, W) and what is derived from them."""
-    parts = []
+    """Mean ``<name>`` and standard deviation ``<name>_std`` of every cell, of fields (N, T, C, H, W) and what is derived from them;
+    and quantiles ``<name>_quantile`` (quantile) of all cells together, the thresholds of extremes."""
+    parts, mask = [], spec.mask_tensor()
     for quantity in (*spec.variables, *spec.derived):
         values = torch.stack([spec.evaluate(trajectory, quantity.name) for trajectory in fields]).flatten(0, 1)
-        parts.append((quantity, values.double().mean(0), values.double().std(0)))
-    coords = spec.grid.coords()
-    mask = spec.mask_tensor()
-    out = xr.Dataset(coords=coords)
-    for quantity, mean, std in parts:
+        parts.append((quantity, values.double().mean(0), values.double().std(0), pooled_quantiles(values[:, mask].numpy())))
+    out = xr.Dataset(coords=spec.grid.coords() | {"quantile": list(QUANTILES)})
+    for quantity, mean, std, levels in parts:
+        out[f"{quantity.name}_quantile"] = ("quantile", levels, {"units": quantity.units})
         for name, array in ((quantity.name, mean), (f"{quantity.name}_std", std)):
             array = torch.where(mask, array, torch.nan).numpy()
             out[name] = (spec.grid.dims, array[0] if len(spec.grid.dims) == 1 else array, {"units": quantity.units})

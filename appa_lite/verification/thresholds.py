@@ -15,6 +15,7 @@ from appa_lite.verification.grid import grid_dims, periodicity, standardise
 from appa_lite.verification.views import View, plane
 
 QUANTILES = (0.95, 0.99, 0.999)
+STORED = "climatology.nc"  #: in a model directory
 MOST_VALUES = 2e7  #: of a variable in memory; of a longer record every k-th time is taken
 FEWEST_ABOVE = 10  #: values above a quantile without which it is not known
 
@@ -60,20 +61,29 @@ def _quantiles(array: xr.DataArray, quantiles: Sequence[float], kept: tuple[str,
     return values.where(enough).transpose("quantile", *kept)
 
 
+def pooled_quantiles(values: np.ndarray, quantiles: Sequence[float] = QUANTILES) -> np.ndarray:
+    """Quantiles of values (time, cell), all together; NaN where fewer than 10 values lie above."""
+    pooled = values[:: -(-values.size // int(MOST_VALUES))].astype(np.float64)
+    enough = [pooled.size * (1 - q) >= FEWEST_ABOVE for q in quantiles]
+    return np.where(enough, np.quantile(pooled, quantiles), np.nan)
+
+
 def check_quantiles(quantiles: Sequence[float]) -> None:
     if not quantiles or not all(0.5 < q < 1 for q in quantiles):
         raise UserError(f"quantiles of extremes lie between 0.5 and 1, found {list(quantiles)}: for low extremes negate the variable")
 
 
 def read_thresholds(path: str | Path, quantiles: Sequence[float], views: Sequence[View], truth: str | Path | None = None) -> xr.Dataset:
-    """Thresholds from a file: a training dataset, a dataset with a dimension ``quantile``, or JSON.
+    """Thresholds from a file: a training dataset, a dataset with a dimension ``quantile``, or JSON; or from a model directory.
 
-    JSON is ``{variable: {"0.99": value}}``, in the variable's units.
+    JSON is ``{variable: {"0.99": value}}``, in the variable's units. A model directory holds the quantiles of its training data.
 
     Raises:
         UserError: not such a file, or the very data that are scored.
     """
     path = Path(path)
+    if (path / STORED).is_file():
+        return _stored(path / STORED)
     if truth is not None and path.exists() and Path(truth).exists() and digest(path) == digest(truth):
         raise UserError(f"thresholds={path} is the truth itself: give the training data, whose climatology is known before the test period")
     if path.suffix != ".json":
@@ -89,6 +99,15 @@ def read_thresholds(path: str | Path, quantiles: Sequence[float], views: Sequenc
     except (ValueError, AttributeError) as error:
         raise UserError(f'{path} is no table of thresholds: expected {{"variable": {{"0.99": value}}}}') from error
     return xr.Dataset(arrays)
+
+
+def _stored(path: Path) -> xr.Dataset:
+    """Those that the training left beside the climatology, ``<variable>_quantile``, of variables, not of views."""
+    climatology = open_dataset(path)
+    found = {str(n).removesuffix("_quantile"): a for n, a in climatology.data_vars.items() if a.dims == ("quantile",)}
+    if not found:
+        raise UserError(f"{path} holds no quantiles, as models that were trained before they were stored: give thresholds=TRAINING_DATA")
+    return xr.Dataset(found)
 
 
 def thresholds_of(thresholds: xr.Dataset | Mapping | None, variable: str) -> tuple[Threshold, ...]:
