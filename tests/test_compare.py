@@ -154,7 +154,7 @@ def wait_for(done, seconds: float = 90.0) -> None:
 
 def processes() -> list[list[str]]:
     """(id, parent's id, state) of all processes, by the ``ps`` of POSIX."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True)
+    listed = subprocess.run(["ps", "-A", "-o", "pid=", "-o", "ppid=", "-o", "stat="], capture_output=True, text=True, check=True)
     return [line.split()[:3] for line in listed.stdout.splitlines()]
 
 

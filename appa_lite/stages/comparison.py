@@ -37,7 +37,8 @@ class Comparison:
 
     def __init__(self, cfg: DictConfig, simulator: Simulator):
         self.cfg, self.simulator, self.out = cfg, simulator, Path(cfg.out)
-        self.families = {str(name): [shlex.split(step) for step in chain] for name, chain in cfg.families.items() if chain is not None}
+        chains = {str(name): [chain] if isinstance(chain, str) else chain for name, chain in cfg.families.items() if chain is not None}
+        self.families = {name: [shlex.split(step) for step in chain] for name, chain in chains.items()}
         if not self.families or not all(chain and all(chain) for chain in self.families.values()):
             raise UserError("families: expected {name: [trainable, ...]}, such as families={fgn: [fgn]}")
         if cfg.seeds < 1 or not cfg.learning_rates or min(cfg.learning_rates) <= 0 or cfg.scored < 1:
@@ -108,7 +109,7 @@ class Comparison:
             true, members = drawn[:, :, 0, design.history - 1 :], drawn[:, :, 1:]
             truth = forecast_dataset(simulator, design, true[:, :, 1:, None], true[:, :, 0]).isel(number=0, drop=True)
             known, ahead = members[:, :, :, : design.history], members[:, :, :, design.history :].transpose(2, 3)
-            wholes = [self._known(n, known[n]) for n in range(design.trajectories)]
+            wholes = [self._known(n, members[n]) for n in range(design.trajectories)]
         bar.close()
         for n, whole in enumerate(wholes):
             write_dataset(whole, self.file(f"initial_{n}.zarr"))
@@ -118,13 +119,15 @@ class Comparison:
         times = {"time": design.times(0, spec.step)[: design.history], "number": np.arange(len(runs))}
         write_dataset(spec.to_dataset(runs.transpose(0, 1), times), self.file("free.zarr"))
 
-    def _known(self, trajectory: int, known: torch.Tensor) -> xr.Dataset:
-        """The known frames (starts, members, history, ...) of all starts of a truth, as an ensemble (time, number, grid)."""
-        step, history = self.simulator.spec.step, self.design.history
-        times = self.design.times(trajectory, step)
-        frames = np.concatenate([np.arange(f + 1 - history, f + 1) for f in self.design.initial_frames])
-        coords = {"time": times[frames], "number": np.arange(known.shape[1])}
-        return self.simulator.spec.to_dataset(known.transpose(1, 2).flatten(0, 1), coords)
+    def _known(self, trajectory: int, members: torch.Tensor) -> xr.Dataset:
+        """What is known at all starts of a truth, an ensemble (time, number, grid), of the members' runs (starts, members, frames, ...).
+
+        The known frames of a start end at its initial time; the members' own runs fill the gaps to the next start's.
+        """
+        parts = [*members[:-1, :, : self.design.spacing], members[-1, :, : self.design.history]]
+        fields = torch.cat([p.transpose(0, 1) for p in parts])
+        times = self.design.times(trajectory, self.simulator.spec.step)[: len(fields)]
+        return self.simulator.spec.to_dataset(fields, {"time": times, "number": np.arange(members.shape[1])})
 
     # Trainings and forecasts
 

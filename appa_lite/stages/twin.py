@@ -94,12 +94,12 @@ def analysed(simulator: Simulator, design: Design, error: float, seed: int, star
         error: standard deviation of the fields' errors, in their units.
 
     Raises:
-        UserError: a simulator without such a law, or known frames of two starts that overlap.
+        UserError: a simulator without such a law, starts whose known frames overlap, or starts too far apart for the runs to meet.
     """
     if not hasattr(simulator, "analyses"):
         raise UserError(f"{type(simulator).__name__} has no law of states known with an error: test.analysis_error=null")
-    if design.spacing < design.history:
-        raise UserError(f"test.spacing={design.spacing} must be at least test.history={design.history} with test.analysis_error")
+    if not design.history <= design.spacing <= design.history + design.lead:
+        raise UserError(f"test.spacing={design.spacing} must lie between history and history + lead of the test with test.analysis_error")
     kept, wanted = [], {f - design.history + 1 for f in design.initial_frames}
     for frame, state in enumerate(states(simulator, seed, range(design.trajectories), max(wanted) + 1, start=start)):
         if frame in wanted:
