@@ -79,13 +79,15 @@ class TrainingData:
         self, space: Checkpoint, frames: int, strides: tuple[int, int], name: str | None = None
     ) -> tuple["LatentWindows", "LatentWindows"]:
         """Windows of latents to train and to validate on, ``strides`` latent frames between their starts; ``name`` is for errors."""
-        stride = space.autoencoder.stride[0]
-        pairs = [(self._latents(space, s), s.times[: s.fields.shape[1] // stride * stride : stride]) for s in (self.train, self.held)]
-        shortest = min(latents.shape[1] for latents, _ in pairs)
-        if shortest < frames:
+        stride, samples = space.autoencoder.stride[0], (self.train, self.held)
+        counts = [s.fields.shape[1] // stride for s in samples]
+        if min(counts) < frames:
             what = f"{name or f'window={frames}'} is longer than the data to train or validate on"
-            raise UserError(f"{what}: {shortest} latent frames of {stride} frames")
-        made = [LatentWindows(z, space.forcing(t), frames, s) for (z, t), s in zip(pairs, strides, strict=True)]
+            raise UserError(f"{what}: {min(counts)} latent frames of {stride} frames")
+        made = [
+            LatentWindows(self._latents(space, s), space.forcing(s.times[: n * stride : stride]), frames, step)
+            for s, n, step in zip(samples, counts, strides, strict=True)
+        ]
         return made[0], made[1]
 
     def _latents(self, space: Checkpoint, sample: Sample) -> Tensor | LazyFields:

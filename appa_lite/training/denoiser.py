@@ -1,5 +1,6 @@
 """Training of the latent video diffusion model."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -98,8 +99,11 @@ class DenoiserRecipe(Recipe):
         if data.base is None:
             raise UserError("trainable=denoiser needs autoencoder=DIR, the model directory of a trained autoencoder")
         space = data.space()
+        with fitting(), torch.device("meta"):
+            self._network(space, self.lags, self.modes)  # says what does not fit before the data are encoded
         windows, held = data.latent_windows(space, self.window, (self.window_stride, max(1, self.window // 4)))
-        model = self._model(space, windows.series(4 * self.lags).flatten(2))
+        enough = 8.0 * self.modes * math.prod(space.autoencoder.latent_shape)  # bytes of two frames a mode
+        model = self._model(space, windows.series(4 * self.lags, max(2e9, enough)).flatten(2))
         record = data.record | {"train_windows": len(windows)}
         settings = {"denoiser": record, "window": self.window}
         return DenoiserTraining(model, space, self.noise["low"], self.noise["high"], held, settings, self.half), windows, held
@@ -107,32 +111,36 @@ class DenoiserRecipe(Recipe):
     def _model(self, space: Checkpoint, latents: Tensor) -> LatentDenoiser:
         """With the climatology of latents (N, T, D) installed."""
         shape, periodic = space.autoencoder.latent_shape, space.spec.grid.periodic
-        levels = torch.logspace(*(torch.tensor(self.noise[k]).log10() for k in ("low", "high")), self.noise["levels"]).tolist()
         lags, modes = min(self.lags, latents.shape[1]), min(self.modes, latents.shape[2])
         if self.localisation is None:
             modes = min(modes, latents.shape[0] * latents.shape[1])  # so many frames span no more
         with fitting():
-            model = LatentDenoiser(
-                shape,
-                self.window,
-                self.width,
-                self.depth,
-                self.heads,
-                self.kernel,
-                self.patch,
-                periodic,
-                self.spatial_attention,
-                self.homogeneous,
-                2 * len(space.settings["forcing_periods"]),
-                modes,
-                lags,
-                levels,
-                self.block,
-            )
+            model = self._network(space, lags, modes)
         mean = latents.mean((0, 1))
         taper = None if self.localisation is None else localisation(shape, periodic, self.localisation)
         model.set_climatology(mean, estimate_covariance(latents - mean, model.covariance.modes, lags, taper))
         return model
+
+    def _network(self, space: Checkpoint, lags: int, modes: int) -> LatentDenoiser:
+        shape, periodic = space.autoencoder.latent_shape, space.spec.grid.periodic
+        low, high = (torch.tensor(self.noise[key], device="cpu").log10() for key in ("low", "high"))
+        return LatentDenoiser(
+            shape,
+            self.window,
+            self.width,
+            self.depth,
+            self.heads,
+            self.kernel,
+            self.patch,
+            periodic,
+            self.spatial_attention,
+            self.homogeneous,
+            2 * len(space.settings["forcing_periods"]),
+            modes,
+            lags,
+            torch.logspace(low, high, self.noise["levels"], device="cpu").tolist(),
+            self.block,
+        )
 
 
 @torch.no_grad()

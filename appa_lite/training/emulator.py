@@ -136,9 +136,9 @@ class EmulatorRecipe(Recipe):
     def prepare(self, data: TrainingData) -> tuple[EmulatorTraining, LatentWindows, LatentWindows]:
         space, frames = data.space(), self.history + self.horizon
         name = f"a window of {frames} states (history and rollout)"
-        windows, held = data.latent_windows(space, frames, (self.window_stride, self.window_stride), name)
         with fitting():
             model = self.network(States.of(space))
+        windows, held = data.latent_windows(space, frames, (self.window_stride, self.window_stride), name)
         if isinstance(space.autoencoder, IdentityAutoencoder):
             model.mask.copy_(space.spec.mask_tensor())
         self.measure(model, windows, held)
