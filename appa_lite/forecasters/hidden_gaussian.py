@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from appa_lite.core.blocks import Blocks
 from appa_lite.core.errors import UserError
 from appa_lite.core.random import Streams, derive
 from appa_lite.forecasters.base import Assimilator, Progress, silent
@@ -63,58 +64,64 @@ def hidden_posterior(
         x' = x cos(a) + v sin(a),    a from a bracket that shrinks until log p(y | x') > log p(y | x) + log u
 
     leaves p(x | y) as it is, needs no gradient and no step size, and takes dry cells for what they are: all hidden values
-    below the threshold are equally likely. Each member is a chain of its own, of which the last state is kept; during the
-    ``burn_in`` the errors shrink from ten times their size. The chains have converged when more steps change nothing.
+    below the threshold are equally likely. Errors may be correlated, or Student's. Each member is a chain of its own, of which
+    the last state is kept; during the ``burn_in`` the errors shrink from ten times their size. The chains have converged when
+    more steps change nothing.
 
     Frames that nothing ties together, of a process without memory and observed one by one, have angles of their own.
     """
-    members = list(members)
+    members, fields = list(members), simulator.fields
 
     def prior(number: int) -> Tensor:
         return torch.stack(list(states(simulator, derive(seed, "prior", number), members, frames, 0)), dim=1)
 
-    def fields(x: Tensor) -> Tensor:
-        return torch.stack([simulator.fields(s) for s in x.unbind(1)], dim=1)
-
     x = prior(-1)
     if observation is None:
-        return fields(x)
-    apart = getattr(simulator, "memory", None) == 0 and torch.equal(observation.operator.first, observation.operator.last)
+        return fields(x.flatten(0, 1)).unflatten(0, (len(members), frames))
+    lone = torch.equal(observation.operator.first, observation.operator.last) and observation.correlation is None
+    apart = lone and getattr(simulator, "memory", None) == 0
     blocks = observation.operator.frame.cpu() if apart else torch.zeros(len(observation), dtype=torch.long)
-    shape, count = x.shape, frames if apart else 1
-    variance, chance = observation.variance.double(), Streams(seed, members, "slices")
+    count, state = frames if apart else 1, x.shape[2:]
+    variance, mixing = observation.variance.double(), observation.mixing() or Blocks((), ())
+    chance, degrees = Streams(seed, members, "slices"), observation.degrees
+    x = x.reshape(len(members) * count, frames // count, *state)
+    seen = fields(x.flatten(0, 1)).unflatten(0, x.shape[:2]).clone()  # of the proposals, those of settled chains out of date
 
-    def likelihood(x: Tensor, inflation: float) -> Tensor:
-        """(members * blocks,) of states (members * blocks, ...)."""
-        terms = -(observation.residual(fields(x.reshape(shape))) ** 2 / (2 * inflation**2 * variance))
-        return terms.new_zeros(len(members), count).index_add(1, blocks, terms).flatten()
+    def likelihood(rows: Tensor, x: Tensor) -> Tensor:
+        """(R,) of the states (R, T, ...) of some chains, up to a constant, with the errors of the step at hand."""
+        seen[rows] = fields(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        residual = mixing(observation.residual(seen.reshape(len(members), frames, *seen.shape[2:])))
+        square = residual**2 / (inflation**2 * variance)
+        terms = -square / 2 if degrees is None else -(degrees + 1) / 2 * torch.log1p(square / degrees)
+        return terms.new_zeros(len(members), count).index_add(1, blocks, terms).flatten()[rows]
 
-    x = x.reshape(len(members) * count, -1)
     for step in range(burn_in + steps):
         inflation = 10 ** max(0.0, 1 - 2 * step / max(burn_in, 1))
         uniform = torch.special.ndtr(chance.normal((count, TRIALS), torch.float64)).flatten(0, 1)
-        x = slice_step(x, prior(step).reshape(x.shape), lambda x, by=inflation: likelihood(x, by), uniform)
+        x = slice_step(x, prior(step).reshape(x.shape), likelihood, uniform)
         progress(step + 1, burn_in + steps)
-    return fields(x.reshape(shape))
+    return fields(x.flatten(0, 1)).unflatten(0, (len(members), frames))
 
 
-def slice_step(x: Tensor, v: Tensor, likelihood: Callable[[Tensor], Tensor], uniform: Tensor) -> Tensor:
-    """One move of every chain (B, ...), given a draw v of the prior, the log likelihood (B,) and uniform numbers (B, n).
+def slice_step(x: Tensor, v: Tensor, likelihood: Callable[[Tensor, Tensor], Tensor], uniform: Tensor) -> Tensor:
+    """One move of every chain (B, ...), given a draw v of the prior, (chains (R,), their states) -> log likelihood (R,), and
+    uniform numbers (B, n).
 
     A chain whose bracket has not met the slice after n - 1 trials, where it is 2^(1 - n) wide or so, stays where it is.
     """
-    shape = (-1, *[1] * (x.ndim - 1))
-    level = likelihood(x) + torch.log(uniform[:, 0])
+    rows, shape = torch.arange(len(x)), (-1, *[1] * (x.ndim - 1))
+    level = likelihood(rows, x) + torch.log(uniform[:, 0])
     angle = 2 * math.pi * uniform[:, 1]
-    low, high = angle - 2 * math.pi, angle
-    out, waiting = x.clone(), torch.ones(len(x), dtype=torch.bool)
+    low, high, out = angle - 2 * math.pi, angle.clone(), x.clone()
     for trial in range(2, uniform.shape[1]):
-        proposal = x * torch.cos(angle).reshape(shape).to(x) + v * torch.sin(angle).reshape(shape).to(x)
-        accepted = waiting & (likelihood(proposal) > level)
-        out[accepted] = proposal[accepted]
-        waiting &= ~accepted
-        if not waiting.any():
+        a = angle[rows].reshape(shape).to(x)
+        proposal = x[rows] * torch.cos(a) + v[rows] * torch.sin(a)
+        accepted = likelihood(rows, proposal) > level[rows]
+        out[rows[accepted]] = proposal[accepted]
+        rows = rows[~accepted]
+        if not len(rows):
             break
-        low, high = torch.where(angle < 0, angle, low), torch.where(angle < 0, high, angle)
-        angle = torch.where(waiting, low + (high - low) * uniform[:, trial], angle)
+        below = angle[rows] < 0
+        low[rows], high[rows] = torch.where(below, angle[rows], low[rows]), torch.where(below, high[rows], angle[rows])
+        angle[rows] = low[rows] + (high[rows] - low[rows]) * uniform[rows, trial]
     return out
