@@ -2,12 +2,12 @@
 
 Writes beside the forecasts in OUT
 
-    nowcasts.json       scores of the five domains in one table, and their range from domain to domain
+    nowcasts.json       scores of each episode's domains in one table, and their range from domain to domain
     law.json            wet share, quantiles and maxima of the model's own rain beside the three episodes observed
     return_levels.json  hourly rain of Amsterdam (DATA/data_Radar_grid_cell_vals.csv): levels, and one year beside the next
     nowcasts.png        a nowcast, and law.png: exceedances and spectra
 
-Five domains are two weather systems: no interval is computed from them, only the lowest and the highest.
+Two or three domains of one weather system: no interval is computed from them, only the lowest and the highest are told.
 """
 
 import json
@@ -31,7 +31,10 @@ from appa_lite.verification.extreme_values import fit_series
 from appa_lite.verification.return_levels import compare_return_levels
 from appa_lite.verification.spectra import power_spectrum
 
-SQUARED = ("rmse", "spread")  # pooled as mean squares
+SYSTEMS = ("latent_diffusion", "advection", "persistence", "climatology")
+MEANS = ("bias", "mae", "crps_fair", "twcrps", "brier")  # of everything compared
+SQUARED = ("rmse", "spread")  # their squares are means
+COUNTS = ("events", "independent_events")
 LEVELS = (1.0, 5.0, 10.0, 20.0)  # mm/h
 HOURS = {"month": 720, "year": 8766, "two years": 17532, "ten years": 87660}
 WINDOWS, FRAMES = 64, 8  # of the model's own rain
@@ -41,45 +44,43 @@ WINDOWS, FRAMES = 64, 8  # of the model's own rain
 
 
 def pooled(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """One value per (system, metric, lead), the mean over domains weighted by what was compared; ``low, high``: over domains."""
-    rows = pd.concat([table.assign(domain=name) for name, table in tables.items()])
-    rows = rows[rows["system"].isin(["latent_diffusion", "advection", "persistence", "climatology"]) & (rows["variable"] == "rain")]
-    rmse = rows[rows["metric"] == "rmse"].set_index(["system", "lead_time", "domain"])["value"]
+    """One value per (episode, system, metric, lead): that of all the episode's domains; ``low, high``: of single domains.
+
+    Args:
+        tables: of ``appa-lite verify``, by episode and number of the domain, such as ``night0``.
+    """
+    rows = pd.concat([table.assign(episode=name.rstrip("0123456789"), domain=name) for name, table in tables.items()])
+    rows = rows[rows["system"].isin(SYSTEMS) & (rows["variable"] == "rain") & (rows["lead_time"] > 0)].dropna(subset="value")
+    error = rows[rows["metric"] == "rmse"].set_index(["system", "lead_time", "domain"])["value"] ** 2
     out = []
-    for (system, metric, lead), group in rows.dropna(subset="value").groupby(["system", "metric", "lead_time"], sort=False):
-        weight, value = group["count"].to_numpy(float), group["value"].to_numpy(float)
-        if metric in SQUARED:
-            mean = np.sqrt(np.average(value**2, weights=weight))
-        elif metric == "spread_skill":
-            error = rmse.loc[[(system, lead, domain) for domain in group["domain"]]].to_numpy() ** 2
-            mean = np.sqrt(np.average(value**2 * error, weights=weight) / np.average(error, weights=weight))
+    for (episode, system, metric, lead), group in rows.groupby(["episode", "system", "metric", "lead_time"], sort=False):
+        weight, value, kind = group["count"].to_numpy(float), group["value"].to_numpy(float), metric.split("_q")[0]
+        if kind in SQUARED:
+            whole = np.sqrt(np.average(value**2, weights=weight))
+        elif kind == "spread_skill":
+            squares = error.loc[[(system, lead, domain) for domain in group["domain"]]].to_numpy()
+            whole = np.sqrt(np.average(value**2 * squares, weights=weight) / np.average(squares, weights=weight))
+        elif kind in MEANS:
+            whole = np.average(value, weights=weight)
+        elif kind in COUNTS:
+            whole = value.sum()
         else:
-            mean = np.average(value, weights=weight)
-        numbers = {"value": float(mean), "low": float(value.min()), "high": float(value.max())}
-        out.append(
-            {
-                "system": system,
-                "variable": "rain",
-                "metric": metric,
-                "lead_time": lead,
-                **numbers,
-                "count": int(weight.sum()),
-                "domains": len(group),
-            }
-        )
+            continue
+        row = {"episode": episode, "system": system, "variable": "rain", "metric": metric, "lead_time": lead, "value": float(whole)}
+        out.append(row | {"low": value.min(), "high": value.max(), "count": int(weight.sum()), "domains": len(group)})
     return pd.DataFrame(out)
 
 
 # The law
 
 
-def drawn(model: Path, seed: int = 0) -> np.ndarray:
+def drawn(model: Path, windows: int = WINDOWS, *choices: str) -> np.ndarray:
     """Rain (N, T, H, W) of the model with nothing observed."""
-    choices = ["experiment=radar_rain", f"checkpoint={model}", "observations=none", "out=none", "forecaster=latent_diffusion", "device=cpu"]
-    cfg = compose("reanalysis", choices)
+    given = ["experiment=radar_rain", f"checkpoint={model}", "observations=none", "out=none", "forecaster=latent_diffusion", "device=cpu"]
+    cfg = compose("reanalysis", [*given, *choices])
     prior, setting = competitor(cfg, Assimilator)
     times = np.datetime64("2016-08-28T10:00", "ns") + np.arange(FRAMES) * np.timedelta64(int(setting.spec.step), "s")
-    return prior.assimilate(None, times, range(WINDOWS), seed)[:, :, 0].double().numpy()
+    return prior.assimilate(None, times, range(windows), cfg.seed)[:, :, 0].double().numpy()
 
 
 def observed(data: Path) -> dict[str, np.ndarray]:
@@ -171,43 +172,36 @@ def amsterdam(path: Path) -> pd.DataFrame:
 BOUNDS = [0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32]
 
 
-def nowcast_picture(out: Path, case: str = "night0") -> Figure:
-    """Observed, latent diffusion (two members and the mean) and advection, at 0 to 25 minutes."""
-    ours, drifted = (
-        xr.open_dataset(out / f"{case}.nc", decode_timedelta=True),
-        xr.open_dataset(out / f"{case}_advection.nc", decode_timedelta=True),
-    )
-    truth = xr.open_zarr(out / "data" / f"{case[:-1]}_truth.zarr")["rain"].isel(trajectory=int(case[-1]))
-    ours, drifted = ours["rain"].isel(time=0), drifted["rain"].isel(time=0, number=0)
-    steps = [k for k, lead in enumerate(ours["prediction_timedelta"].values) if ours["time"].values + lead in truth["time"].values]
-    rows = {
-        "observed": None,
-        "member 0": ours.isel(number=0),
-        "member 1": ours.isel(number=1),
-        "mean of the members": ours.mean("number"),
-        "advection": drifted,
-    }
-    figure = Figure(figsize=(2.2 * len(steps) + 1, 10.5), dpi=90, layout="constrained")
-    axes = figure.subplots(len(rows), len(steps), squeeze=False)
+def nowcast_picture(truth: xr.DataArray, forecasts: Mapping[str, xr.DataArray]) -> Figure:
+    """What was observed (time, y, x), and forecasts (prediction_timedelta, y, x), at the leads that were observed."""
+    first = next(iter(forecasts.values()))
+    start = first["time"].values
+    leads = [lead for lead in first["prediction_timedelta"].values if start + lead in truth["time"].values]
+    figure = Figure(figsize=(2.1 * len(leads) + 1, 2.1 * len(forecasts) + 2.6), dpi=80, layout="constrained")
+    axes = figure.subplots(1 + len(forecasts), len(leads), squeeze=False)
     colours = BoundaryNorm(BOUNDS, 256, extend="max")
-    for line, (name, fields) in zip(axes, rows.items(), strict=True):
-        for axis, k in zip(line, steps, strict=True):
-            lead = ours["prediction_timedelta"].values[k]
-            field = truth.sel(time=ours["time"].values + lead) if fields is None else fields.isel(prediction_timedelta=k)
-            image = axis.imshow(
-                np.where(field.values >= BOUNDS[0], field.values, np.nan),
-                norm=colours,
-                cmap="turbo",
-                origin="lower",
-                interpolation="nearest",
-            )
+    for line, (name, fields) in zip(axes, {"observed": truth, **forecasts}.items(), strict=True):
+        for axis, lead in zip(line, leads, strict=True):
+            field = (truth.sel(time=start + lead) if name == "observed" else fields.sel(prediction_timedelta=lead)).values
+            shown = np.where(field >= BOUNDS[0], field, np.nan)
+            image = axis.imshow(shown, norm=colours, cmap="turbo", origin="lower", interpolation="nearest")
             axis.set(xticks=[], yticks=[], facecolor="0.95")
-            if line is axes[0]:
+            if name == "observed":
                 axis.set_title(f"+{int(lead / np.timedelta64(1, 'm'))} min", fontsize=9)
         line[0].set_ylabel(name, fontsize=9)
     figure.colorbar(image, ax=axes, label="rain (mm/h)", shrink=0.5)
-    figure.suptitle(f"{str(ours['time'].values)[:16]} UTC, 142 x 147 km of south-east France", fontsize=10)
+    figure.suptitle(f"from {str(start)[:16]} UTC, 142 x 147 km of south-east France", fontsize=10)
     return figure
+
+
+def nowcast(out: Path, case: str = "night0") -> Figure:
+    """Two members, their mean and advection, from the case's first initial time."""
+    ours, drifted = (
+        xr.open_dataset(out / name, decode_timedelta=True)["rain"].isel(time=0) for name in (f"{case}.nc", f"{case}_advection.nc")
+    )
+    truth = xr.open_zarr(out / "data" / f"{case[:-1]}_truth.zarr")["rain"].isel(trajectory=int(case[-1]))
+    members = {f"member {number}": ours.isel(number=number) for number in (0, 1)}
+    return nowcast_picture(truth, members | {"mean of members": ours.mean("number"), "advection": drifted.isel(number=0)})
 
 
 def law_picture(episodes: Mapping[str, np.ndarray]) -> Figure:
@@ -246,7 +240,7 @@ def main(data: Path, out: Path) -> None:
     results = {"nowcasts": pooled(tables), "law": law(episodes)}
     if (data / "data_Radar_grid_cell_vals.csv").exists():
         results["return_levels"] = amsterdam(data / "data_Radar_grid_cell_vals.csv")
-    save(out, results, {"nowcasts": nowcast_picture(out), "law": law_picture(episodes)})
+    save(out, results, {"nowcasts": nowcast(out), "law": law_picture(episodes)})
 
 
 if __name__ == "__main__":

@@ -106,6 +106,9 @@ def test_nowcasts(report, tmp_path):
     with xr.open_dataset(ours) as forecast:
         assert dict(forecast.sizes)["number"] == 2 and float(forecast["rain"].min()) >= 0
     scores = report.pooled({"afternoon0": records(table)}).set_index(["metric", "system", "lead_time"])["value"]
+    assert report.nowcast_picture(xr.open_dataset(EXTRACT)["rain"][0], {"advection": xr.open_dataset(drifted)["rain"][0, :, 0]}).axes
+    law = {"afternoon": xr.open_dataset(EXTRACT)["rain"].values, "model": report.drawn(model, 2, "size=debug", "sampler.steps=4")}
+    assert law["model"].shape == (2, 8, 64, 64) and len(report.law(law)) == 2 * 9 and len(report.law_picture(law).axes) == 2
     for lead in (300.0, 600.0, 900.0):
         assert scores["rmse", "advection", lead] < 0.8 * scores["rmse", "persistence", lead]  # real rain drifts
         assert scores["crps_fair", "advection", lead] == pytest.approx(scores["mae", "advection", lead])
@@ -120,7 +123,7 @@ def test_pooling_is_the_score_of_all_cases_together(report):
         for e, v in zip(error, variance, strict=True)
         for metric, value in {"rmse": e, "spread": v**0.5, "spread_skill": (v / e**2) ** 0.5, "mae": e}.items()
     ]
-    found = report.pooled({"a": pd.DataFrame(rows[:4]), "b": pd.DataFrame(rows[4:])}).set_index("metric")
+    found = report.pooled({"night0": pd.DataFrame(rows[:4]), "night1": pd.DataFrame(rows[4:])}).set_index("metric")
     assert found.loc["rmse", "value"] == pytest.approx(5**0.5) and found.loc["mae", "value"] == 2.0
     assert found.loc["spread_skill", "value"] == pytest.approx((variance.mean() / 5) ** 0.5)
     assert (found["count"] == 14).all() and found.loc["mae", ["low", "high"]].tolist() == [1.0, 3.0]
