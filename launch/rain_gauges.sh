@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Is rain between gauges calibrated? A learned model of rain, conditioned on independent snapshots of gauges, beside the exact
 # posterior: ranks of the truth, and of the exact posterior's members, at gauges, near them and beyond.
-#   bash launch/rain_gauges.sh [OUT]     OUT may hold the prior that `appa-lite tails experiment=advected_rain out=OUT/tails` trained
+#   bash launch/rain_gauges.sh [OUT]     OUT may hold the prior that a run before has trained
 source "$(dirname "$0")/setup.sh"
 work=${1:-runs/rain_gauges}
 snapshots="experiment=advected_rain simulator.memory=0" # frames without memory: as many independent fields of rain
 
-# the prior, trained on snapshots (minutes)
-appa-lite tails experiment=advected_rain "priors=[gaussianize]" out="$work/tails"
+# the prior, trained on snapshots (minutes); guidance needs its error at more noise levels than tails do
+appa-lite tails experiment=advected_rain "priors=[gaussianize]" noise.levels=12 out="$work/tails"
 
 # 64 snapshots, each seen by 40 gauges in places of its own
 # shellcheck disable=SC2086
