@@ -106,9 +106,9 @@ def test_what_another_rank_made_is_merged(ring, command, monkeypatch):
 
 def test_candidates_of_tune_are_shared(ring, monkeypatch, capsys):
     monkeypatch.chdir(ring)
-    grid = "grid={radius: [4.0, 20.0], inflation: [1.0, 1.05]}"
+    grid = "grid={radius: [2.0, 20.0], finite_size: [1.0, null]}"
     tune = ["tune", "experiment=lorenz96", "size=debug", "forecaster=letkf", "truth=truth.zarr", "observations=observations.parquet"]
-    tune += ["members=4", grid]
+    tune += ["members=6", grid]
     assert cli.main([*tune, "out=one.json"]) == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "10":

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,8 @@ def run(cfg: DictConfig) -> None:
         began, failure = time.monotonic(), None
         try:
             scores = _scores(reanalysis.analyse(tried[i], table, paths, Work())[0], truth, cfg)
+            if not all(math.isfinite(score["rmse"]) for score in scores.values()):
+                raise UserError("the members ran away")
             note = ", ".join(f"{name} {score['rmse']:.4g}" for name, score in scores.items())
         except UserError as error:  # members that blow up are a result
             failure, note = str(error), f"failed: {error}"
