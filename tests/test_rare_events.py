@@ -14,7 +14,7 @@ from appa_lite.core.errors import UserError
 from appa_lite.core.fields import FieldSpec, Grid, Variable, to_datetime
 from appa_lite.core.random import generator
 from appa_lite.diffusion.base import Sampler
-from appa_lite.diffusion.rare_events.base import Response, family_error, lognormal, resample
+from appa_lite.diffusion.rare_events.base import Response, exceeded, family_error, level_of, lognormal, resample
 from appa_lite.diffusion.rare_events.brute_force import BruteForce
 from appa_lite.diffusion.rare_events.crank_nicolson import StepSize, acceptance, move
 from appa_lite.diffusion.rare_events.form import InstantonImportanceSampling
@@ -112,6 +112,25 @@ def test_estimates_agree_with_the_closed_form(method, p):
     assert abs(float(ratios.mean()) - 1) < bias + 3.5 * float(ratios.std()) / math.sqrt(20)
     assert covered >= 16
     assert 0.5 < sum(errors) / 20 / float(ratios.std()) < 2.2
+
+
+@pytest.mark.parametrize(("method", "p"), [(SubsetSimulation(500), 1e-5), (SubsetSimulation(500), 3e-3), (BruteForce(3000), 1e-2)])
+def test_levels_agree_with_the_closed_form(method, p):
+    levels = [method.level(linear(), p, generator(seed, "level")) for seed in range(20)]
+    found = torch.tensor([level.threshold for level in levels])
+    assert abs(float(found.mean()) - quantile(p)) < 0.02 + 3.5 * float(found.std()) / math.sqrt(20)
+    assert sum(level.low <= quantile(p) <= level.high for level in levels) >= 16
+    assert all(level.low < level.threshold < level.high for level in levels)
+
+
+def test_a_level_is_the_quantile_of_its_curve():
+    ranks = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    curve = [(1.0, ranks), (0.1, 0.9 + 0.1 * ranks), (0.01, 0.99 + 0.01 * ranks)]  # uniform, given that it is beyond 0.9 and 0.99
+    for p in (0.5, 0.1, 0.05, 2e-3):
+        assert exceeded(curve, p) == pytest.approx(1 - p, abs=1e-4)
+    low, high = lognormal(2e-3, 0.2)
+    told = level_of(curve, 2e-3, 0.2, 7)
+    assert (told.low, told.high, told.calls) == (pytest.approx(1 - high), pytest.approx(1 - low), 7)
 
 
 def test_members_given_the_event_have_its_law():
@@ -409,7 +428,18 @@ def test_the_command_on_a_model(checkpoint, tmp_path, monkeypatch, capsys):
     rows.to_csv("rows.csv", index=False)
     given = ["observations=rows.csv", f"end={TIMES[3]}", f"event_start={TIMES[2]}"]
     assert cli.main([*small, *given, "event=area_mean(u) > 1", "out=given.nc"]) == 0
+    assert cli.main([*small, "event=min(u)", "return_period=50h", "frames=2", "out=level.nc", "method.samples=300"]) == 0
+    assert "estimated anew" in capsys.readouterr().out
+    with xr.open_dataset("level.nc", engine="h5netcdf") as found:
+        told = found.attrs
+        assert told["probability_asked"] == pytest.approx(2 / 50) and told["threshold_low"] < told["threshold"] < told["threshold_high"]
+        assert 0.4 < told["probability"] / told["probability_asked"] < 2.5 and told["level_calls"] == 570
+        assert float(found["event_functional"].min()) > told["threshold"]
     for wrong, message in (
+        (["event=max(u)", "return_period=9y", *given[:1]], "of a model's climate"),
+        (["event=max(u) > 1", "probability=0.1"], "expected a threshold"),
+        (["event=max(u)", "probability=0.1", "method=splitting"], "method=subset"),
+        (["event=max(u)", "probability=1e-3", "method=brute_force"], "do not tell"),
         (["event=max(v) > 1"], "unknown variable 'v'"),
         (["event=max(u)"], "expected a threshold"),
         (["event=max(u) > 1", "picture=ring.gif"], "ends in .png"),

@@ -89,18 +89,20 @@ class LatentDiffusion(Assimilator, Forecaster):
                 start = clock - (known * self.stride - 1) * self.checkpoint.spec.step
                 period = Period(start, self.checkpoint.spec.step, window, self.stride, 0, window * self.stride)
                 prior = Prior(self.checkpoint, period, 0, self.batch)
-                denoiser = prior.denoiser()
-                if latents is None and rows.shape[1] < self.stride:
-                    observed = self._know_state(prior, rows[:, -1])
-                else:
-                    latents = self._known_latents(rows, period, known) if latents is None else latents
-                    denoiser, observed = pinned(denoiser, prior.model.covariance, latents), self._know(prior, latents, known)
+                denoiser, observed, latents = self.given(prior, rows, latents, known)
                 sample = self._sample(prior, denoiser, observed, batch, seed, f"forecast {roll}", progress, begin, len(members))
                 new = torch.cat([prior.decode(z[None])[:, known * self.stride :] for z in sample])
                 done.append(new)
                 latents, clock, roll = sample[:, -known:], clock + new.shape[1] * self.checkpoint.spec.step, roll + 1
             parts.append(torch.cat(done, dim=1)[:, :frames])
         return torch.cat(parts)
+
+    def given(self, prior: Prior, rows: Tensor, latents: Tensor | None, known: int) -> tuple[Denoiser, LatentObservation, Tensor | None]:
+        """What stands for known first frames, physical ``rows`` or their latents: a denoiser, an observation, those latents."""
+        if latents is None and rows.shape[1] < self.stride:
+            return prior.denoiser(), self._know_state(prior, rows[:, -1]), None
+        latents = self._known_latents(rows, prior.period, known) if latents is None else latents
+        return pinned(prior.denoiser(), prior.model.covariance, latents), self._know(prior, latents, known), latents
 
     def _known_latents(self, rows: Tensor, period: Period, known: int) -> Tensor:
         normal = self.checkpoint.normalizer(rows, period.times[: known * self.stride])

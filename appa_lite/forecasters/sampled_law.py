@@ -13,6 +13,7 @@ from appa_lite.core.fields import FieldSpec
 from appa_lite.diffusion.base import Denoiser, NoiseSource, Sampler
 from appa_lite.diffusion.rare_events.base import Response
 from appa_lite.diffusion.sampler_law import NORMAL, Tail, draws_of, evaluations, gains, start, tail
+from appa_lite.forecasters.event_scores import event_scores
 from appa_lite.forecasters.laboratory import Climatology, prior_of
 from appa_lite.forecasters.latent_diffusion import LatentDiffusion
 from appa_lite.forecasters.posterior import ModeCovariance, Prior
@@ -239,10 +240,10 @@ class ModelLaw(SampledLaw):
 
     def latent(self, event: Event, threshold: float) -> LatentEvent:
         if not self.differentiable:
-            raise UserError("guidance towards an event is for free runs: given observations or an initial state, use method=subset")
+            raise UserError("guidance here is for free runs: `reanalysis` and `forecast` take event=..., or use method=subset")
         prior = self.model.prior(self.times)
-        functional = lambda z: event.functional(self.decoded(z))  # noqa: E731
-        return LatentEvent(prior.denoiser(), functional, threshold, ModeCovariance(prior), prior.shape, self.dtype, prior.model.mean.device)
+        functional, level = event_scores(event, threshold, prior.checkpoint, prior.period.times, prior.period.cut)
+        return LatentEvent(prior.denoiser(), functional, level, ModeCovariance(prior), prior.shape, self.dtype, prior.model.mean.device)
 
     def decoded(self, latents: Tensor) -> Tensor:
         prior = self.model.prior(self.times)

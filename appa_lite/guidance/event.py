@@ -5,7 +5,7 @@
 
 with C_sigma the covariance of z - D(z_t). Exact where the prior is Gaussian and S linear. A width that does not follow
 sigma is wrong on both sides (the narrow overshoots though every member satisfies the event, the wide misses it), so
-that there is none to set.
+that there is none to set. Beside observations y, D and C are those given z_t and y (``ObservedEventDenoiser``).
 """
 
 import math
@@ -20,7 +20,7 @@ from appa_lite.diffusion.base import Denoiser, GuidedDenoiser, Twist
 from appa_lite.diffusion.particles import TwistedSMC
 from appa_lite.diffusion.rare_events.base import GuidedMethod, GuidedSample, Progress, lognormal, quiet
 from appa_lite.diffusion.samplers import DPMSolverPP2M
-from appa_lite.guidance.base import PosteriorCovariance
+from appa_lite.guidance.base import Conditioned, Correction, Guidance, LatentObservation, Local, PosteriorCovariance, SolverReport
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,100 @@ class EventDenoiser(GuidedDenoiser):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             mean = event.denoiser(x, sigma)
-            point = mean.detach().requires_grad_()
-            value = event.functional(point)
-            slope = torch.autograd.grad(value.sum(), point)[0] if value.requires_grad else None
-        if slope is None or not bool(slope.any()):
-            raise UserError("the event's functional has no slope that could guide (a fraction or duration): use method=subset")
-        value = value.detach().to(x.device).double()
+        value, slope = sloped(event.functional, mean)
         components = event.covariance.project(slope)
-        spread = (components * event.covariance.apply(components, sigma)).flatten(1).sum(1).double().clamp(min=1e-24).sqrt()
-        place = (value - event.threshold) / spread
-        log_likelihood = torch.special.log_ndtr(place)
-        hazard = torch.exp(-(place**2) / 2 - math.log(2 * math.pi) / 2 - log_likelihood) / spread
-        push = slope * hazard.to(slope).reshape(-1, *[1] * (slope.ndim - 1))
-        shift = sigma**2 * torch.autograd.grad(mean, x, push)[0]
+        log_likelihood, hazard = beyond(value - event.threshold, components, event.covariance.apply(components, sigma))
+        shift = sigma**2 * torch.autograd.grad(mean, x, slope * hazard.reshape(-1, *[1] * (slope.ndim - 1)))[0]
         return Twist(mean.detach(), (mean + shift).detach(), log_likelihood)
+
+
+def sloped(functional: Callable[[Tensor], Tensor], latents: Tensor) -> tuple[Tensor, Tensor]:
+    """S (B,), float64, and its gradient at latents.
+
+    Raises:
+        UserError: it is flat.
+    """
+    with torch.enable_grad():
+        point = latents.detach().requires_grad_()
+        value = functional(point)
+        slope = torch.autograd.grad(value.sum(), point)[0] if value.requires_grad else None
+    if slope is None or not bool(slope.any()):
+        raise UserError("the event's functional has no slope that could guide (a fraction or duration): use extremes with method=subset")
+    return value.detach().to(latents.device).double(), slope
+
+
+def beyond(excess: Tensor, slope: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """log Phi(k) and phi(k) / (d Phi(k)), k = (S - s) / d, d^2 = a . C a: both (B,), the first float64.
+
+    Args:
+        excess: S - s (B,); slope: a, covariance: C a, components (B, T, K).
+    """
+    spread = (slope * covariance).flatten(1).sum(1).double().clamp(min=1e-24).sqrt()
+    place = excess / spread
+    log_likelihood = torch.special.log_ndtr(place)
+    hazard = torch.exp(-(place**2) / 2 - math.log(2 * math.pi) / 2 - log_likelihood) / spread
+    return log_likelihood, hazard.to(slope)
+
+
+class ObservedEvent(Guidance):
+    """A guidance by observations, and an event besides: the observation goes in first, the event with what it leaves open.
+
+    Args:
+        method: how observations enter, moment matching; functional: S of latents (B, T, Z, h, w) -> (B,); threshold: s.
+    """
+
+    def __init__(self, method: Guidance, functional: Callable[[Tensor], Tensor], threshold: float):
+        self.method, self.functional, self.threshold = method, functional, threshold
+
+    def __call__(
+        self, denoiser: Denoiser, observation: LatentObservation, covariance: PosteriorCovariance, report: SolverReport
+    ) -> Denoiser:
+        if not isinstance(self.method, Correction):
+            raise UserError("an event beside observations needs guidance=moment_matching or jacobian_free")
+        return ObservedEventDenoiser(self.method, denoiser, observation, covariance, report, self.functional, self.threshold)
+
+
+class ObservedEventDenoiser(Conditioned):
+    """E[z | z_t, y, S(z) > s].
+
+        D_y = E[z | z_t, y],   a = grad S at D_y,   C_y a = C (a - A^T (R + A C A^T)^{-1} A C a)
+        E[z | z_t, y, S > s] = D_y + C_y a phi(k) / (d Phi(k)),   k = (S(D_y) - s) / d,   d^2 = a^T C_y a
+
+    Exact where the prior is Gaussian and A and S are linear. With the denoiser's Jacobian J, the last C is sigma^2 J^T.
+    """
+
+    again = True
+
+    def __init__(
+        self,
+        method: Correction,
+        denoiser: Denoiser,
+        observation: LatentObservation,
+        covariance: PosteriorCovariance,
+        report: SolverReport,
+        functional: Callable[[Tensor], Tensor],
+        threshold: float,
+    ):
+        super().__init__(method, denoiser, observation, covariance, report)
+        self.functional, self.threshold = functional, threshold
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.twist(x, sigma).posterior
+
+    def twist(self, x: Tensor, sigma: Tensor) -> Twist:
+        """Beside D_y, and log p(S > s | z_t, y)."""
+        here = Local(self, x, sigma)
+        with torch.no_grad():
+            mean = here.mean + self.method.correct(here, False)[0]
+        value, slope = sloped(self.functional, mean)
+        with torch.no_grad():
+            components = self.covariance.project(slope)
+            left, spread = self.method.left(here, components)
+            log_likelihood, hazard = beyond(value - self.threshold, components, spread)
+            hazard = hazard.reshape(-1, 1, 1)
+            if not self.method.jacobian:
+                return Twist(mean, mean + self.covariance.expand(spread * hazard), log_likelihood)
+            return Twist(mean, mean + here.back(self.covariance.expand(left * hazard)), log_likelihood)
 
 
 class EventGuidance(GuidedMethod):

@@ -13,11 +13,9 @@ from appa_lite.core.errors import UserError
 from appa_lite.core.store import atomic, check_target, provenance, write_dataset
 from appa_lite.diffusion.rare_events.base import GuidedMethod, Method
 from appa_lite.forecasters.sampled_law import SampledLaw
-from appa_lite.observations.event import Event
 from appa_lite.stages.event_laws import event_of, judge_sampler, law_of
 from appa_lite.stages.prior import Bar
-from appa_lite.stages.rare_events import estimated, guided, told
-from appa_lite.verification.event_figure import event_figure
+from appa_lite.stages.rare_events import drawing, estimated, guided, leveled, told, where
 
 
 def run(cfg: DictConfig) -> None:
@@ -28,11 +26,14 @@ def run(cfg: DictConfig) -> None:
     if cfg.picture is not None and Path(cfg.picture).suffix != ".png":
         raise UserError(f"cannot write {cfg.picture}: expected a name that ends in .png")
     law, times, inputs = law_of(cfg)
-    event, threshold = event_of(cfg, law, times)
+    event, threshold, probability = event_of(cfg, law, times)
     facts = judge_sampler(cfg, law, event)
     method, bar = build(cfg.method, Method), Bar()
     drawn = guided if isinstance(method, GuidedMethod) else estimated
     try:
+        if threshold is None:
+            threshold, level = leveled(cfg, law, event, probability, method, bar)
+            facts |= level
         fields, found = drawn(cfg, law, event, threshold, method, bar)
     finally:
         bar.close()
@@ -45,16 +46,19 @@ def run(cfg: DictConfig) -> None:
         provenance(cfg, cfg.seed, inputs)
         | facts
         | {"method": name, "event": f"{event.text}{event.when}", "members_in_event": int((values > threshold).sum())}
+        | {"threshold": threshold if event.above else -threshold}
         | {"members_distinct": len(fields.unique(dim=0)) if len(fields) else 0}
     )
-    dataset.attrs["field_spec"] = json.dumps(law.spec.to_dict())
-    write_dataset(dataset, cfg.out, dataset.attrs)
     words = told(event, threshold, dataset.attrs, len(fields))
+    dataset.attrs |= {"sentence": words, "event_where": where(event)} | {"field_spec": json.dumps(law.spec.to_dict())}
+    write_dataset(dataset, cfg.out, dataset.attrs)
     print(words)
     print(f"{cfg.out}: {len(fields)} members, {len(times)} frames")
     if cfg.picture is not None:
+        exact, sign = law.exact(event), 1 if event.above else -1
+        density = None if exact is None else lambda s: exact.density(torch.from_numpy(sign * s), threshold).numpy()
         with atomic(cfg.picture) as partial:
-            partial.write_bytes(drawing(law, event, threshold, fields, words.splitlines()[0]))
+            partial.write_bytes(drawing(event, threshold, fields, words.splitlines()[0], density))
         print(cfg.picture)
 
 
@@ -65,18 +69,3 @@ def packed(cfg: DictConfig, law: SampledLaw, times: np.ndarray, fields: torch.Te
         return law.spec.to_dataset(fields.transpose(0, 1), {"time": times, "number": numbers})
     coords = {"time": times[:1], "prediction_timedelta": times - times[0], "number": numbers}
     return law.spec.to_dataset(fields.transpose(0, 1)[None], coords)
-
-
-def drawing(law: SampledLaw, event: Event, threshold: float, fields: torch.Tensor, title: str) -> bytes:
-    """The picture of an ensemble given the event: the variable that the event names first.
-
-    Raises:
-        UserError: no member.
-    """
-    if not len(fields):
-        raise UserError("no member is in the event, so that there is no picture of it: leave picture out, or raise method.samples")
-    sign, exact = 1 if event.above else -1, law.exact(event)
-    density = None if exact is None else lambda s: exact.density(torch.from_numpy(sign * s), threshold).numpy()
-    values = sign * event.functional(fields).double().numpy()
-    units, shown = law.spec.quantity(event.variable).units, event.scene(fields).numpy()
-    return event_figure(values, sign * threshold, shown, event.variable, units, event.expression, title, density)

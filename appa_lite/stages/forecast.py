@@ -15,6 +15,7 @@ from appa_lite.core.store import check_target, provenance, write_dataset
 from appa_lite.data.open import open_fields, parse_date
 from appa_lite.forecasters.base import Forecaster, Progress
 from appa_lite.guidance.base import SolverReport
+from appa_lite.stages.event_laws import drawn_anew, event_facts, event_words, given_event
 from appa_lite.stages.parallel import Part, Work, batches, packed, stacked, unpacked
 from appa_lite.stages.prior import competitor, counted, duration, matching_fields
 
@@ -29,6 +30,8 @@ def run(cfg: DictConfig) -> None:
         write_dataset(dataset, cfg.out, dataset.attrs)
     sizes = dataset.sizes
     print(f"{cfg.out}: {sizes['time']} initial times, {sizes['prediction_timedelta'] - 1} frames, {sizes['number']} members")
+    if "event" in dataset.attrs:
+        print(event_words(dataset.attrs))
 
 
 def predict(cfg: DictConfig, initial: str | xr.Dataset, inputs: list[str], work: Work) -> xr.Dataset | None:
@@ -46,6 +49,10 @@ def predict(cfg: DictConfig, initial: str | xr.Dataset, inputs: list[str], work:
     dataset, fields = _initial(cfg, initial, spec)
     starts = cfg.initial_time if isinstance(cfg.initial_time, ListConfig) else [cfg.initial_time]
     histories = [_history(fields, dataset["time"].values, start, cfg.history, spec.step) for start in starts]
+    if cfg.get("event") is not None and len(histories) > 1:
+        raise UserError("event=... is of one forecast: give one initial_time")
+    ends = histories[0][1][-1] + (np.arange(frames + 1) * spec.step * 1e9).astype("timedelta64[ns]")
+    forecaster = given_event(cfg, forecaster, spec, ends)
     members = batches(cfg.members or fields.shape[0], cfg.batch)
     todo = [(known, times, some) for known, times in histories for some in members]
 
@@ -55,7 +62,7 @@ def predict(cfg: DictConfig, initial: str | xr.Dataset, inputs: list[str], work:
         with counted(setting.checkpoint) as calls:
             out = forecaster.forecast(rows, times, frames, some, cfg.seed, progress).cpu()
         part = {"fields": torch.cat([rows[:, -1:], out], dim=1), "calls": torch.tensor(sum(calls))}
-        return part | {"solver": packed(asdict(forecaster.report))}
+        return part | {"solver": packed(asdict(forecaster.report))} | drawn_anew(forecaster)
 
     parts = work.map(len(todo), piece)
     if parts is None:
@@ -70,7 +77,8 @@ def predict(cfg: DictConfig, initial: str | xr.Dataset, inputs: list[str], work:
     coords = {"time": dates, "prediction_timedelta": leads, "number": np.arange(cfg.members or fields.shape[0])}
     result = work.dataset(spec, da.stack(ensembles).swapaxes(1, 2), coords)
     calls = {"network_calls": sum(int(part["calls"]) for part in parts) / (len(histories) * coords["number"].size)}
-    result.attrs = provenance(cfg, cfg.seed, inputs) | report.summary() | calls | {"field_spec": json.dumps(spec.to_dict())}
+    given = event_facts(forecaster, parts)
+    result.attrs = provenance(cfg, cfg.seed, inputs) | report.summary() | calls | given | {"field_spec": json.dumps(spec.to_dict())}
     return result
 
 

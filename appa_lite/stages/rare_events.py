@@ -1,20 +1,44 @@
 """What an ``extremes`` command finds: fields given the event, its probability and cost, and what is known beside them."""
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import xarray as xr
 from omegaconf import DictConfig
 
 from appa_lite.core.errors import UserError
+from appa_lite.core.fields import FieldSpec
 from appa_lite.core.random import generator
-from appa_lite.diffusion.rare_events.base import WIDE, Estimate, GuidedMethod, RareEventMethod, lognormal
+from appa_lite.diffusion.rare_events.base import WIDE, Estimate, GuidedMethod, Method, RareEventMethod, lognormal
 from appa_lite.forecasters.sampled_law import SampledLaw
 from appa_lite.observations.event import Event
 from appa_lite.stages.prior import Bar
+from appa_lite.verification.event_figure import event_figure
 
 Facts = dict[str, float]
+
+
+def leveled(cfg: DictConfig, law: SampledLaw, event: Event, probability: float, method: Method, bar: Bar) -> tuple[float, Facts]:
+    """The threshold that is exceeded with ``probability``, and its interval: of one estimate, or from the spread of several.
+
+    The estimate that follows has draws of its own, so that its probability is a check of this one.
+    """
+    if isinstance(method, GuidedMethod):
+        raise UserError("probability=... and return_period=... of a model need method=subset or brute_force: this one needs a threshold")
+    levels = [
+        method.level(law.response(event, cfg.batch), probability, generator(cfg.seed, "level", number), bar)
+        for number in range(cfg.replicates)
+    ]
+    found = [level.threshold for level in levels]
+    threshold = float(np.mean(found))
+    half = WIDE * float(np.std(found, ddof=1)) / math.sqrt(len(found)) if len(found) > 1 else 0.0
+    ends = (threshold - half, threshold + half) if half else (levels[0].low, levels[0].high)
+    low, high = ends if event.above else (-ends[1], -ends[0])
+    facts = {"probability_asked": probability, "threshold_low": low, "threshold_high": high}
+    return threshold, facts | {"level_calls": sum(level.calls for level in levels)}
 
 
 def estimated(
@@ -118,11 +142,18 @@ def told(event: Event, threshold: float, facts: dict, members: int) -> str:
     side, units = (">", threshold) if event.above else ("<", -threshold)
     what = f"{event.expression} {side} {units:.5g}{event.when}"
     lines = [f"{what}: {facts['method']} draws from it, and does not tell how likely it is (method=subset does)"]
-    if "probability" in facts:
+    if "probability_asked" in facts:
+        ends = f"{facts['threshold_low']:.4g} to {facts['threshold_high']:.4g}"
+        lines = [f"{what} has probability {facts['probability_asked']:.3g} of this model's law; 95 % interval of the threshold {ends}"]
+        if "probability" in facts:
+            found = f"{facts['probability']:.3g}, 95 % interval {facts['probability_low']:.2g} to {facts['probability_high']:.2g}"
+            lines.append(f"estimated anew, with draws of its own: P = {found}")
+    elif "probability" in facts:
         interval = f"{facts['probability_low']:.2g} to {facts['probability_high']:.2g}"
         lines = [f"P({what}) = {facts['probability']:.3g}, 95 % interval {interval}, of this model's law"]
+    level = f"{facts['level_calls']} model calls for the threshold, " if "level_calls" in facts else ""
     lines.append(
-        f"{facts['method']}: {facts['model_calls']} model calls ({facts['network_calls']} of the network); "
+        f"{facts['method']}: {level}{facts['model_calls']} model calls ({facts['network_calls']} of the network); "
         f"{facts['members_in_event']} of {members} members are in the event"
     )
     if "probability_exact" in facts:
@@ -139,3 +170,39 @@ def told(event: Event, threshold: float, facts: dict, members: int) -> str:
             f"exact ones, mean field off by {facts['field_error_given_event']:.1%}"
         )
     return "\n".join(lines)
+
+
+# Pictures
+
+
+def drawing(
+    event: Event, threshold: float, fields: torch.Tensor, title: str, density: Callable[[np.ndarray], np.ndarray] | None = None
+) -> bytes:
+    """The picture of an ensemble given the event: the variable that the event names first.
+
+    Raises:
+        UserError: no member.
+    """
+    if not len(fields):
+        raise UserError("no member is in the event, so that there is no picture of it: leave picture out, or raise method.samples")
+    sign = 1 if event.above else -1
+    values, shown = sign * event.functional(fields).double().numpy(), event.scene(fields).numpy()
+    units = event.spec.quantity(event.variable).units
+    return event_figure(values, sign * threshold, shown, event.variable, units, event.expression, title, density)
+
+
+def where(event: Event) -> str:
+    """What makes the event again beside its text, as JSON."""
+    return json.dumps({"text": event.text, "boxes": event.boxes, "frames": [event.frames.start, event.frames.stop]})
+
+
+def drawn_again(dataset: xr.Dataset) -> bytes | None:
+    """The picture of a dataset that ``extremes`` wrote; None of one without members."""
+    spec, known = FieldSpec.from_dict(json.loads(dataset.attrs["field_spec"])), json.loads(dataset.attrs["event_where"])
+    if not dataset.sizes["number"]:
+        return None
+    if "prediction_timedelta" in dataset.dims:
+        dataset = dataset.isel(time=0, drop=True).rename(prediction_timedelta="time")
+    event = Event(known["text"], spec, known["boxes"], slice(*known["frames"]))
+    threshold = float(dataset.attrs["threshold"]) * (1 if event.above else -1)
+    return drawing(event, threshold, spec.to_tensor(dataset), str(dataset.attrs["sentence"]).splitlines()[0])

@@ -13,6 +13,7 @@ from appa_lite.core.store import atomic, open_dataset
 from appa_lite.data.open import open_fields
 from appa_lite.observations.build import build_observation
 from appa_lite.observations.table import read_table
+from appa_lite.stages.rare_events import drawn_again
 from appa_lite.verification.grid import standardise
 from appa_lite.verification.hero import hero
 from appa_lite.verification.report import Run, report
@@ -45,7 +46,7 @@ def read_run(directory: str | Path, title: str | None = None, network: DictConfi
 
     ``truth, reanalysis, optimal_interpolation, forecast`` (.zarr or .nc), ``observations, withheld`` (.parquet, .csv or
     .nc), ``scores_reanalysis.json, scores_withheld.json, scores_forecast.json`` and their ``_details``, ``commands.txt``.
-    ``network`` tells how the observation files are to be read.
+    Outputs of ``extremes`` are found under any name. ``network`` tells how the observation files are to be read.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -63,10 +64,16 @@ def read_run(directory: str | Path, title: str | None = None, network: DictConfi
         for name, target in ((f"scores_{kind}", found.scores), (f"scores_{kind}_details", found.details)):
             if (directory / f"{name}.json").exists():
                 target[kind] = _json(directory / f"{name}.json")
+    for path in sorted([*directory.glob("*.zarr"), *directory.glob("*.nc")]):
+        dataset = open_dataset(path)
+        if "event_where" in dataset.attrs:
+            found.events.append((path.stem.replace("_", " "), str(dataset.attrs["sentence"]), drawn_again(dataset)))
     if (directory / "commands.txt").exists():
         found.commands = (directory / "commands.txt").read_text().splitlines()
-    if found.reanalysis is None and found.forecast is None and not found.scores:
-        raise UserError(f"{directory} holds no reanalysis, forecast or scores: expected reanalysis.zarr, scores_reanalysis.json, ...")
+    if found.reanalysis is None and found.forecast is None and not found.scores and not found.events:
+        raise UserError(
+            f"{directory} holds no reanalysis, forecast, scores or extremes: expected reanalysis.zarr, scores_reanalysis.json, ..."
+        )
     return found
 
 

@@ -1,6 +1,7 @@
 """The report: everything a run directory holds, told in the order in which one asks for it."""
 
 import json
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -58,6 +59,7 @@ class Run:
     forecast: xr.Dataset | None = None
     scores: dict[str, list[Record]] = field(default_factory=dict)  # by 'reanalysis', 'withheld', 'forecast'
     details: dict[str, dict] = field(default_factory=dict)
+    events: list[tuple[str, str, bytes | None]] = field(default_factory=list)  # name, what is known of it in lines, PNG
     commands: list[str] = field(default_factory=list)
 
 
@@ -121,7 +123,7 @@ def sections(run: Run, frames: int) -> list[Section]:
     if run.forecast is not None:
         lead = "Each member starts from a member of the analysis; nothing is observed after the initial time."
         out.append(Section("Forecast", lead, maps.forecast_maps(run.forecast, run.truth, frames)))
-    out += _scores(run, "forecast")
+    out += _scores(run, "forecast") + _events(run)
     if run.commands:
         out.append(Section("How this was made", "The commands, in order.", page.commands(run.commands)))
     return out
@@ -183,6 +185,23 @@ def _evidence(run: Run) -> list[Section]:
         body += _part("Values never assimilated", lead, score_figures.rank_histograms(ranks))
     lead = f"Chi-square and Desroziers ratio are one where prior and stated errors are right; {effective:.3g} members count as independent."
     return [Section("Evidence", lead, body)]
+
+
+def _events(run: Run) -> list[Section]:
+    """What `extremes` found: how likely each event is, and what it looks like."""
+    parts = []
+    for name, told, picture in run.events:
+        first, *rest = told.splitlines()
+        image = ""
+        if picture is not None:
+            image = (
+                f'<figure><img style="width:100%" alt="{escape(first)}" src="data:image/png;base64,{b64encode(picture).decode()}"></figure>'
+            )
+        parts.append(
+            f"<h3>{escape(name.capitalize())}</h3><p><strong>{escape(first)}</strong><br>{'<br>'.join(map(escape, rest))}</p>{image}"
+        )
+    lead = "Probabilities are those of the model's law, not of the world's; members are drawn given the event."
+    return [Section("Rare events", lead, "".join(parts))] if parts else []
 
 
 def _shares(counts: Sequence[int]) -> list[float]:

@@ -6,7 +6,7 @@ region of a standard normal, whatever the model: the methods of structural relia
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +107,31 @@ def family_error(family: Tensor, weights: Tensor, ancestors: int) -> float:
     return math.sqrt(max(float(shares.square().sum()) - 1 / ancestors, 0.0))
 
 
+@dataclass(frozen=True)
+class Level:
+    """The s that S exceeds with a given probability, its 95 % interval, and the calls of the response."""
+
+    threshold: float
+    low: float
+    high: float
+    calls: int
+
+
+def exceeded(curve: Sequence[tuple[float, Tensor]], probability: float) -> float:
+    """The s with P(S > s) = p on a curve of samples (P_l, values given that they are in a part of probability P_l), P_l falling."""
+    inside, values = next((part for part in reversed(curve) if part[0] >= probability), curve[0])
+    ordered = values.sort().values
+    place = min(max((1 - probability / inside) * len(ordered) - 0.5, 0.0), len(ordered) - 1.0)
+    below = math.floor(place)
+    return float(torch.lerp(ordered[below], ordered[min(below + 1, len(ordered) - 1)], place - below))
+
+
+def level_of(curve: Sequence[tuple[float, Tensor]], probability: float, error: float, calls: int) -> Level:
+    """The level with the interval of those that P exceeds by its own interval, given its relative ``error`` there."""
+    low, high = lognormal(probability, error)
+    return Level(exceeded(curve, probability), exceeded(curve, high), exceeded(curve, low), calls)
+
+
 class Method:
     """Any way to a rare event."""
 
@@ -143,6 +168,14 @@ class RareEventMethod(Method, ABC):
         Raises:
             UserError: the event does not occur, or is beyond the method.
         """
+
+    def level(self, response: Response, probability: float, generator: torch.Generator, progress: Progress | None = None) -> Level:
+        """The s with P(S > s) = p.
+
+        Raises:
+            UserError: a method that needs a threshold, or a probability beyond it.
+        """
+        raise UserError("probability=... and return_period=... need method=subset, or brute_force: other methods need a threshold")
 
 
 def quiet(what: str, done: int, total: int) -> None:

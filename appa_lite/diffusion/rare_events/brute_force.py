@@ -5,7 +5,9 @@ import math
 import torch
 
 from appa_lite.core.errors import UserError
-from appa_lite.diffusion.rare_events.base import WIDE, Estimate, Progress, RareEventMethod, Response, quiet
+from appa_lite.diffusion.rare_events.base import WIDE, Estimate, Level, Progress, RareEventMethod, Response, level_of, quiet
+
+FEWEST = 10  # samples beyond a level
 
 
 class BruteForce(RareEventMethod):
@@ -42,3 +44,14 @@ class BruteForce(RareEventMethod):
         low, high = (max(0.0, (middle + sign * half) / (1 + WIDE**2 / n)) for sign in (-1, 1))
         error = math.sqrt((1 - p) / (p * n)) if hits else math.inf
         return Estimate(p, low, high, error, response.calls - before, torch.cat(noise)[:members], torch.cat(values)[:members])
+
+    def level(self, response: Response, probability: float, generator: torch.Generator, progress: Progress | None = None) -> Level:
+        n, parts = self.samples, []
+        if n * probability < FEWEST:
+            raise UserError(
+                f"{n} samples do not tell what one in {1 / probability:.3g} exceeds: method=subset, or {FEWEST / probability:.2g}"
+            )
+        for begin in range(0, n, response.batch):
+            parts.append(response(response.noise(min(response.batch, n - begin), generator)))
+            (progress or quiet)("samples", min(begin + response.batch, n), n)
+        return level_of([(1.0, torch.cat(parts))], probability, math.sqrt((1 - probability) / (probability * n)), n)
