@@ -16,7 +16,7 @@ from appa_lite.core.store import open_dataset
 from appa_lite.forecasters.ensemble import Ensemble
 from appa_lite.simulators.lorenz96 import Lorenz96
 from appa_lite.verification.assimilation_page import assimilation_page
-from appa_lite.verification.assimilation_scores import climatology_of, jackknife, over_truths, score_truth, summary
+from appa_lite.verification.assimilation_scores import climatology_of, jackknife, over_truths, score_forecasts, score_truth, summary
 from appa_lite.verification.verify import Verification
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +75,20 @@ def test_means_over_truths_differences_and_lost_truths():
     assert all(word in page for word in ("worse", "2 of 6", "forecaster.radius 8", "a command"))
 
 
+def test_forecasts_are_scored_by_lead_beside_persistence():
+    rng, records = np.random.default_rng(3), []
+    for number in range(3):
+        truth, analysis = world(rng)
+        leads = np.arange(3) * np.timedelta64(6, "h").astype("timedelta64[ns]")
+        values = analysis(0.3).isel(time=slice(0, 3)).rename(time="prediction_timedelta").assign_coords(prediction_timedelta=leads)
+        forecast = values.expand_dims(time=truth["time"].values[:1])
+        records += score_forecasts(SCORER, {"good": forecast}, truth, climatology_of(truth), number)
+    table = {(r["lead_time"], r["system"], r["metric"]): r["value"] for r in over_truths(records, "good")}
+    assert {lead for lead, _, _ in table} == {21600.0, 43200.0}
+    assert table[21600.0, "good", "rmse"] < 0.5 < 1.2 < table[21600.0, "persistence", "rmse"]
+    assert table[21600.0, "persistence", "rmse_wins_good"] == -1 and "6 h" in summary(records + over_truths(records, "good"))
+
+
 def test_where_every_method_blew_up_the_climatology_is_left():
     truth, _ = world(np.random.default_rng(2))
     table = over_truths(score_truth(SCORER, {"wild": None}, truth, climatology_of(truth), 0), "wild")
@@ -107,6 +121,9 @@ def test_methods_are_compared_from_the_command_line(tmp_path, capsys, checkout):
     assert {r["seed"] for r in records} == {None, 0, 1} and len({tuple(r) for r in records}) == 1
     ours = next(r for r in records if r["system"] == "latent_diffusion")
     assert ours["network_calls"] > 0 and ours["members"] == 4 and ours["seconds_per_member"] > 0
+    ahead = {r["system"]: r for r in records if r["lead_time"] and r["seed"] is None}
+    assert set(ahead) == {"latent_diffusion", "enkf", "climatology", "persistence"} and ahead["enkf"]["members"] == 6
+    assert sorted({r["lead_time"] for r in records if r["lead_time"]}) == [21600.0, 43200.0]
     residuals = {r["system"]: r["value"] for r in records if r["metric"] == "one_step_residual"}
     assert 0 < residuals["latent_diffusion"] < residuals["optimal_interpolation"]
     chosen = next(p for p in (out / "tuning").glob("enkf-*.json"))
@@ -116,7 +133,9 @@ def test_methods_are_compared_from_the_command_line(tmp_path, capsys, checkout):
     commands = (out / "commands.txt").read_text()
     assert "appa-lite tune" in commands and "forecaster.inflation=" in commands
     before = (analysis / "zarr.json").stat().st_mtime_ns
-    assert main([*line, "methods={latent_diffusion: null, letkf: null}"]) == 0  # nothing is analysed again
+    assert (
+        main([*line, "methods={latent_diffusion: null, letkf: null}", "forecasts={latent_diffusion: null}"]) == 0
+    )  # nothing is analysed again
     assert (analysis / "zarr.json").stat().st_mtime_ns == before
     assert main([*line, "twins.frames=9"]) == 2 and "other settings (twins)" in capsys.readouterr().err
 
@@ -129,6 +148,7 @@ def test_methods_are_compared_from_the_command_line(tmp_path, capsys, checkout):
         ("network=null", "network"),
         ("reference=nobody", "is none of"),
         ("twins.truths=0", "at least 1"),
+        ("forecasts={letkf: 'nobody forecaster=simulator_ensemble'}", "first a method"),
     ],
 )
 def test_what_cannot_be_compared(tmp_path, capsys, checkout, key, says):

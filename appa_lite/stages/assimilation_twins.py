@@ -21,9 +21,11 @@ from appa_lite.stages.assimilation import assimilated, engine, frames_between
 from appa_lite.stages.matrix import Job, Matrix
 from appa_lite.stages.prior import BEGINNING, Bar
 from appa_lite.verification.assimilation_page import assimilation_page
-from appa_lite.verification.assimilation_scores import RESIDUAL, climatology_of, over_truths, score_truth, summary
+from appa_lite.verification.assimilation_scores import RESIDUAL, climatology_of, over_truths, score_forecasts, score_truth, summary
 from appa_lite.verification.tables import Record, dumps
 from appa_lite.verification.verify import Verification
+
+COSTS = ("members", "seconds_per_member", "network_calls")
 
 
 class AssimilationTwins:
@@ -49,6 +51,16 @@ class AssimilationTwins:
         if self.reference not in self.methods:
             raise UserError(f"reference={self.reference} is none of {', '.join(self.methods)}")
         self.composed = {name: self._compose(name) for name in self.methods}
+        self.forecasts = {str(name): shlex.split(line) for name, line in cfg.forecasts.items() if line is not None}
+        for name, words in self.forecasts.items():
+            if words[0] not in self.methods or cfg.twins.lead < 1:
+                raise UserError(
+                    f"forecasts: {name}: expected twins.lead of at least 1 and first a method, one of {', '.join(self.methods)}"
+                )
+        self.ahead = {
+            name: self._checked(name, "forecast", [*keys, "initial=x", "out=x.zarr", "lead=1d"])
+            for name, (_, *keys) in self.forecasts.items()
+        }
         self.variables = None if cfg.variables is None else list(cfg.variables)
 
     def run(self, verification: Verification) -> None:
@@ -63,8 +75,12 @@ class AssimilationTwins:
             chosen, tuned = self.settings()
             analyses = self.analyses(chosen)
             seconds = matrix.run(list(analyses.values()), "analyses")
-        commands = [f"appa-lite {shlex.join(line)}" for job in (*data, *tunings, *analyses.values()) for line in job.commands]
-        records = self.scores(verification, analyses, seconds)
+            forecasts = self.predictions(analyses)
+            seconds |= matrix.run(list(forecasts.values()), "forecasts")
+        commands = [
+            f"appa-lite {shlex.join(line)}" for job in (*data, *tunings, *analyses.values(), *forecasts.values()) for line in job.commands
+        ]
+        records = self.scores(verification, analyses, forecasts, seconds)
         page = assimilation_page(records, tuned, OmegaConf.to_container(self.cfg), self.reference, commands)
         texts = {"scores.json": dumps(records, ".json"), "report.html": page, "commands.txt": "\n".join(commands) + "\n"}
         for name, text in texts.items():
@@ -86,11 +102,14 @@ class AssimilationTwins:
 
     def _truths(self, name: str, count: int, seed: int) -> Job:
         path, frames = self.file(f"{name}.zarr"), self.cfg.twins.burn_in + self.cfg.twins.frames
-        line = ["simulate", *self._common(), f"out={path}", f"trajectories={count}", f"frames={frames}", f"seed={seed}", "device=cpu"]
+        length = frames + self.cfg.twins.lead
+        end = parse_date(BEGINNING, "start") + np.timedelta64(round((frames - 1) * self.simulator.spec.step), "s")
+        line = ["simulate", *self._common(), f"out={path}", f"trajectories={count}", f"frames={length}", f"seed={seed}", "device=cpu"]
         lines = [(*line, *([f"states={self.cfg.states}"] if self.cfg.states else []))]
         for n in range(count):
             rows = self.file(f"{name}_{n}.parquet")
-            lines.append(("observe", *self._common(), f"truth={path}", f"trajectory={n}", f"out={rows}", f"seed={seed + n}"))
+            when = f"end={end.astype('datetime64[s]')}"
+            lines.append(("observe", *self._common(), f"truth={path}", f"trajectory={n}", when, f"out={rows}", f"seed={seed + n}"))
         return Job(name, tuple(lines), count)
 
     @torch.no_grad()
@@ -134,13 +153,29 @@ class AssimilationTwins:
     def analyses(self, chosen: dict[str, list[str]]) -> dict[tuple[str, int], Job]:
         """One job for each method and truth; other settings, or a model trained again, are another job."""
         jobs = {}
-        for name, keys in chosen.items():
-            label = self._label([*keys, *self._weights(name)])
-            for n in range(self.cfg.twins.truths):
+        labels = {name: self._label([*keys, *self._weights(self.composed[name].checkpoint)]) for name, keys in chosen.items()}
+        for n in range(self.cfg.twins.truths):
+            for name, keys in chosen.items():
+                label = labels[name]
                 out = self.out / "analyses" / f"{name}-{label}" / f"{n}.zarr"
                 line = ["reanalysis", *self._common(), *keys, f"seed={self.cfg.seed + n}", "device=cpu"]
                 line += [f"observations={self.file(f'truth_{n}.parquet')}", f"out={out}"]
                 jobs[name, n] = Job(f"{name}-{label}/{n}", (tuple(line),), may_diverge=True)
+        return jobs
+
+    def predictions(self, analyses: dict[tuple[str, int], Job]) -> dict[tuple[str, int], Job]:
+        """Forecasts from the last frame of the analyses that hold."""
+        jobs, length = {}, self.cfg.twins.lead * self.simulator.spec.step
+        for n in range(self.cfg.twins.truths):
+            for name, (method, *keys) in self.forecasts.items():
+                initial = _out(analyses[method, n])
+                if not initial.exists():
+                    continue
+                label = self._label([initial.parent.name, *keys, *self._weights(self.ahead[name].checkpoint)])
+                out = self.out / "forecasts" / f"{name}-{label}" / f"{n}.zarr"
+                line = ["forecast", *self._common(), *keys, f"lead={length:.0f}s", f"seed={self.cfg.seed + n}", "device=cpu"]
+                line += [f"initial={initial}", f"out={out}"]
+                jobs[name, n] = Job(f"forecast-{name}-{label}/{n}", (tuple(line),), may_diverge=True)
         return jobs
 
     def _common(self) -> list[str]:
@@ -155,14 +190,16 @@ class AssimilationTwins:
         return keys
 
     def _compose(self, name: str) -> DictConfig:
-        found = compose("reanalysis", [*self._common(), *self.methods[name], "observations=x", "out=x.zarr"])
+        return self._checked(name, "reanalysis", [*self.methods[name], "observations=x", "out=x.zarr"])
+
+    def _checked(self, name: str, command: str, keys: list[str]) -> DictConfig:
+        found = compose(command, [*self._common(), *keys])
         if found.checkpoint is not None and not Path(found.checkpoint).is_dir():
-            raise UserError(f"methods: {name}: no model at '{found.checkpoint}'")
+            raise UserError(f"{name}: no model at '{found.checkpoint}'")
         return found
 
-    def _weights(self, name: str) -> list[str]:
+    def _weights(self, path: str | None) -> list[str]:
         """Digests of the model's files."""
-        path = self.composed[name].checkpoint
         files = [] if path is None else sorted(f for f in Path(path).rglob("*") if f.is_file())
         return [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
 
@@ -175,29 +212,45 @@ class AssimilationTwins:
 
     # Scores
 
-    def scores(self, verification: Verification, analyses: dict[tuple[str, int], Job], seconds: dict[str, list[float]]) -> list[Record]:
+    def scores(
+        self,
+        verification: Verification,
+        analyses: dict[tuple[str, int], Job],
+        forecasts: dict[tuple[str, int], Job],
+        seconds: dict[str, list[float]],
+    ) -> list[Record]:
         """The tidy table: means over truths, then every truth, with what a member costs."""
-        whole = open_dataset(self.file("truth.zarr"))
+        whole, design = open_dataset(self.file("truth.zarr")), self.cfg.twins
         climatology = open_dataset(self.cfg.climatology) if self.cfg.climatology else climatology_of(whole)
-        records, calls, kept = [], {name: [] for name in self.methods}, {}
-        for n in range(self.cfg.twins.truths):
-            paths = {name: Path(analyses[name, n].commands[0][-1].removeprefix("out=")) for name in self.methods}
-            found = {name: open_dataset(path) if path.exists() else None for name, path in paths.items()}
-            truth = whole.isel(trajectory=n, time=slice(self.cfg.twins.burn_in, None), drop=True)
-            records += score_truth(verification, found, truth, climatology, n, self.variables, self.cfg.seed)
-            for name, dataset in found.items():
-                if dataset is not None:
-                    calls[name].append(dataset.attrs["network_calls"])
-                    kept[name] = dataset.sizes["number"]
-        costs = {}
-        for name in self.methods:
-            spent = [sum(seconds[analyses[name, n].name]) for n in range(self.cfg.twins.truths)]
-            size = kept.get(name, self.composed[name].members)
-            each = float(np.mean(spent)) / size
-            costs[name] = {"members": size, "seconds_per_member": each, "network_calls": float(np.mean(calls[name] or [0]))}
-        blank = dict.fromkeys(("members", "seconds_per_member", "network_calls"))
+        choices, records = (self.variables, self.cfg.seed), []
+        for n in range(design.truths):
+            truth = whole.isel(trajectory=n, drop=True)
+            found = {name: _opened(analyses[name, n]) for name in self.methods}
+            scored = truth.isel(time=slice(design.burn_in, design.burn_in + design.frames))
+            records += score_truth(verification, found, scored, climatology, n, *choices)
+            made = {name: _opened(forecasts[name, n]) for name in self.forecasts if (name, n) in forecasts}
+            made = {name: dataset for name, dataset in made.items() if dataset is not None}
+            if made:
+                ahead = truth.isel(time=slice(design.burn_in + design.frames - 1, None))
+                records += score_forecasts(verification, made, ahead, climatology, n, *choices)
         records = over_truths(records, self.reference, verification.confidence) + records
-        return [r | costs.get(str(r["system"]), blank) for r in (*records, *self.residuals(climatology))]
+        costs, ahead = self._costs(analyses, seconds), self._costs(forecasts, seconds)
+        blank = dict.fromkeys(COSTS)
+        every = [*records, *self.residuals(climatology)]
+        return [r | (costs if r["lead_time"] is None else ahead).get(str(r["system"]), blank) for r in every]
+
+    def _costs(self, jobs: dict[tuple[str, int], Job], seconds: dict[str, list[float]]) -> dict[str, dict[str, float | None]]:
+        """Of each system, means over truths: members, seconds and network calls of each of them."""
+        out = {}
+        for name in dict.fromkeys(name for name, _ in jobs):
+            mine = [job for (other, _), job in jobs.items() if other == name]
+            found = [dataset for job in mine if (dataset := _opened(job)) is not None]
+            if not found:
+                continue
+            members = found[0].sizes["number"]
+            spent = float(np.mean([sum(seconds[job.name]) for job in mine])) / members
+            out[name] = dict(zip(COSTS, (members, spent, float(np.mean([d.attrs["network_calls"] for d in found]))), strict=True))
+        return out
 
     @torch.no_grad()
     def residuals(self, climatology: xr.Dataset) -> list[Record]:
@@ -212,7 +265,9 @@ class AssimilationTwins:
         for name in self.methods:
             if self.composed[name].checkpoint is None:
                 continue
-            path = self.out / "free_runs" / f"{name}-{self._label([*self.methods[name], *self._weights(name)])}.json"
+            path = (
+                self.out / "free_runs" / f"{name}-{self._label([*self.methods[name], *self._weights(self.composed[name].checkpoint)])}.json"
+            )
             if not path.exists():
                 with atomic(path) as partial:
                     partial.write_text(json.dumps(self._residual(name)))
@@ -234,3 +289,13 @@ class AssimilationTwins:
         ahead = self.simulator.fields(self.simulator.advance(state, 0, self.cfg.seed, list(range(len(state)))))
         error = (after - ahead).square().mean((0, 2, 3)).sqrt()
         return {variable: float(value) for variable, value in zip(model.spec.names, error, strict=True)}
+
+
+def _out(job: Job) -> Path:
+    """What a job's last command writes."""
+    return Path(job.commands[-1][-1].removeprefix("out="))
+
+
+def _opened(job: Job) -> xr.Dataset | None:
+    """What a job left, None if its numbers ran away."""
+    return open_dataset(_out(job)) if _out(job).exists() else None

@@ -22,7 +22,7 @@ from appa_lite.verification.tables import dumps
 from appa_lite.verification.verify import Verification
 
 FREE = ("budget", "processes", "verification", "scored", "variables", "reference")  # what may change when a comparison goes on
-FREE += ("methods", "tuning", "climatology")
+FREE += ("methods", "tuning", "forecasts", "climatology")
 
 
 def run(cfg: DictConfig) -> None:

@@ -7,7 +7,7 @@ import xarray as xr
 from scipy.stats import t as student
 
 from appa_lite.verification.compare_scores import wins
-from appa_lite.verification.tables import Record, format_number
+from appa_lite.verification.tables import Record, duration, format_number
 from appa_lite.verification.verify import Verification
 
 CLIMATOLOGY, DIVERGED, RESIDUAL = "climatology", "diverged", "one_step_residual"
@@ -54,6 +54,25 @@ def score_truth(
     return records
 
 
+def score_forecasts(
+    verification: Verification,
+    forecasts: Mapping[str, xr.Dataset],
+    truth: xr.Dataset,
+    climatology: xr.Dataset,
+    number: int,
+    variables: Sequence[str] | None = None,
+    seed: int = 0,
+) -> list[Record]:
+    """``rmse, crps_fair, spread_skill`` by lead time of forecasts of truth ``number``, of climatology and of persistence.
+
+    Args:
+        forecasts: (time, prediction_timedelta, number, grid) by name, from the last analyses of methods.
+        truth: (time, grid), with the initial time, at which it is persistence.
+    """
+    found = verification.evaluate(forecasts, truth, variables=variables, climatology=climatology, seed=seed).records
+    return [{"seed": number} | r for r in found if r["metric"] in BY_TRUTH and r["lead_time"]]
+
+
 def _as_gaussian(climatology: xr.Dataset, truth: xr.Dataset) -> xr.Dataset:
     """The climatology as an analysis at every time of the truth."""
     names = [n for n in truth.data_vars if n in climatology]
@@ -85,62 +104,75 @@ def _pooled_ratio(cases: np.ndarray) -> float:
 
 
 def over_truths(records: Sequence[Record], reference: str, confidence: float = 0.9) -> list[Record]:
-    """One table of all truths, ``seed`` None: what ``score_truth`` gave for each of them, put together.
+    """One table of all truths, ``seed`` None: what ``score_truth`` and ``score_forecasts`` gave for each of them, put together.
 
     ``rmse`` and ``crps_fair`` are means over truths, ``spread_skill`` is the ratio of their root mean squares, ``diverged`` the
     share of truths. A method that diverged on a truth is not in its mean there: ``count`` says how many are.
     ``<metric>_minus_<reference>`` is the mean difference on the truths that both hold, ``<metric>_wins_<reference>`` 1 or -1
     where its interval excludes zero. Intervals take the truths as independent.
     """
-    table = {(r["system"], r["variable"], r["metric"], r["seed"]): r["value"] for r in records}
-    systems, variables, seeds = (list(dict.fromkeys(r[k] for r in records)) for k in ("system", "variable", "seed"))
+    table = {(*_place(r), r["metric"], r["seed"]): r["value"] for r in records}
+    places, seeds = list(dict.fromkeys(map(_place, records))), list(dict.fromkeys(r["seed"] for r in records))
 
-    def cases(system: str, variable: str, *metrics: str, beside: str | None = None) -> np.ndarray:
-        """(truths, metrics): of ``system`` where it holds, minus those of ``beside``."""
-        kept = [s for s in seeds if all(not table.get((x, variable, DIVERGED, s)) for x in (system, beside or system))]
-        values = [[table.get((x, variable, m, s)) for m in metrics] for x in (system, beside) if x for s in kept]
-        values = np.array(values, dtype=np.float64).reshape(1 if beside is None else 2, len(kept), len(metrics))
+    def cases(place: tuple, *metrics: str, beside: tuple | None = None) -> np.ndarray:
+        """(truths, metrics): of a system where it holds, minus those of the one ``beside``."""
+        both = (place,) if beside is None else (place, beside)
+        kept = [s for s in seeds if not any(table.get((*x, DIVERGED, s)) for x in both)]
+        values = [[table.get((*x, m, s)) for m in metrics] for x in both for s in kept]
+        values = np.array(values, dtype=np.float64).reshape(len(both), len(kept), len(metrics))
         found = values[0] if beside is None else values[0] - values[1]
         return found[np.isfinite(found).all(1)]
 
     out: list[Record] = []
-    for variable in variables:
-        for system in systems:
-            wanted: list[tuple[str, Callable, np.ndarray]] = [(m, _mean, cases(system, variable, m)) for m in COMPARED]
-            wanted.append(("spread_skill", _pooled_ratio, cases(system, variable, "rmse", "spread_skill")))
-            if reference not in (system, None):
-                wanted += [(f"{m}_minus_{reference}", _mean, cases(system, variable, m, beside=reference)) for m in COMPARED]
-            for metric, function, values in wanted:
-                value, low, high = jackknife(function, values, confidence) if len(values) else (None, None, None)
-                out.append(_record(system, variable, metric, value, low, high, len(values)))
-            lost = [table[system, variable, DIVERGED, s] for s in seeds if (system, variable, DIVERGED, s) in table]
-            if lost:
-                out.append(_record(system, variable, DIVERGED, float(np.mean(lost)), None, None, len(lost)))
+    for place in places:
+        other = (*place[:2], reference)
+        wanted: list[tuple[str, Callable, np.ndarray]] = [(m, _mean, cases(place, m)) for m in COMPARED]
+        wanted.append(("spread_skill", _pooled_ratio, cases(place, "rmse", "spread_skill")))
+        if place != other and other in places:
+            wanted += [(f"{m}_minus_{reference}", _mean, cases(place, m, beside=other)) for m in COMPARED]
+        for metric, function, values in wanted:
+            value, low, high = jackknife(function, values, confidence) if len(values) else (None, None, None)
+            out.append(_record(place, metric, value, low, high, len(values)))
+        lost = [table[*place, DIVERGED, s] for s in seeds if (*place, DIVERGED, s) in table]
+        if lost:
+            out.append(_record(place, DIVERGED, float(np.mean(lost)), None, None, len(lost)))
     return out + wins(out)
 
 
-def _record(system: str, variable: str, metric: str, value: float | None, low: float | None, high: float | None, count: int) -> Record:
-    named = {"seed": None, "system": system, "variable": variable, "metric": metric, "lead_time": None}
+def _place(record: Record) -> tuple:
+    return record["variable"], record["lead_time"], record["system"]
+
+
+def _record(place: tuple, metric: str, value: float | None, low: float | None, high: float | None, count: int) -> Record:
+    variable, lead, system = place
+    named = {"seed": None, "system": system, "variable": variable, "metric": metric, "lead_time": lead}
     return named | {"value": value, "low": low, "high": high, "count": count}
 
 
 def lookup(records: Sequence[Record]) -> dict[tuple, Record]:
-    """Records of all truths by (variable, system, metric)."""
-    return {(r["variable"], r["system"], r["metric"]): r for r in records if r["seed"] is None}
+    """Records of all truths by (variable, lead time, system, metric)."""
+    return {(*_place(r), r["metric"]): r for r in records if r["seed"] is None}
 
 
-def summary(records: Sequence[Record], most: int = 6) -> str:
-    """A table to read: error, spread over it, truths lost, cost; a block for each of the first variables."""
+def groups(records: Sequence[Record]) -> dict[tuple[str, float | None], list[str]]:
+    """The systems of every variable and lead time, analyses first."""
+    found: dict[tuple, list[str]] = {}
+    for variable, lead, system in dict.fromkeys(map(_place, sorted(records, key=lambda r: r["lead_time"] is not None))):
+        found.setdefault((variable, lead), []).append(system)
+    return found
+
+
+def summary(records: Sequence[Record]) -> str:
+    """A table to read: error, spread over it, truths lost, cost; a block for each variable, and for each lead of forecasts."""
     table = lookup(records)
-    systems = list(dict.fromkeys(r["system"] for r in records))
     rows = [["", "", "RMSE", "fair CRPS", "spread/error", "diverged", "one-step residual", "s/member", "calls"]]
-    for variable in list(dict.fromkeys(str(r["variable"]) for r in records))[:most]:
+    for (variable, lead), systems in groups(records).items():
         for k, system in enumerate(systems):
-            found = [table.get((variable, system, m)) for m in (*BY_TRUTH, DIVERGED, RESIDUAL)]
+            found = [table.get((variable, lead, system, m)) for m in (*BY_TRUTH, DIVERGED, RESIDUAL)]
             lost, first = found[3], found[0]
             cells = ["-" if r is None or r["value"] is None else format_number(r["value"]) for r in found]
             cells[3] = "-" if lost is None else f"{lost['value'] * lost['count']:.0f} of {lost['count']}"
             costs = ["-" if not (first and first.get(c)) else format_number(first[c]) for c in ("seconds_per_member", "network_calls")]
-            rows.append([variable if k == 0 else "", system, *cells, *costs])
+            rows.append([" ".join([variable, duration(lead)]) if k == 0 else "", system, *cells, *costs])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return "\n".join("  ".join([f"{row[0]:<{widths[0]}}", f"{row[1]:<{widths[1]}}", *map(str.rjust, row[2:], widths[2:])]) for row in rows)
