@@ -285,7 +285,7 @@ class Bar:
         return part
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        self.bar.set_description(f"{what}, {self.bar.total} pieces" if self.bar.total > 1 else what, refresh=False)
+        self.bar.set_description_str(f"{what}, {self.bar.total} pieces" if self.bar.total > 1 else what, refresh=False)
         self.refresh(done / max(total, 1))
 
     def refresh(self, share: float = 0.0) -> None:
