@@ -27,6 +27,7 @@ class Shown:
         }
         names = list(dict.fromkeys(str(r["variable"]) for r in records))
         self.views = {v: [n for n in names if n != v and viewed(n)[0] == v] for v in names if not viewed(v)[1]}
+        self.energies = [n for n in names if viewed(n) == (n, "energy")]  #: of velocities
         self.leads = sorted({r["lead_time"] for r in records if r["lead_time"]})
 
     @property

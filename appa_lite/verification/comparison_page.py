@@ -77,7 +77,7 @@ def _curves(shown: Shown) -> Section:
 
 
 def _pooled(shown: Shown) -> Section | None:
-    names = [view for views in shown.views.values() for view in views]
+    names = [view for views in shown.views.values() for view in views] + shown.energies
     drawn = [figures.window_calibration(shown, variable) for variable in shown.views]
     drawn += [shown.chart(n, "spread_skill", "spread / skill", [*shown.families, ORACLE], zero=True) for n in names]
     if not any(drawn):
