@@ -336,6 +336,9 @@ def test_the_command_on_a_gaussian_process(tmp_path, monkeypatch, capsys):
         assert low < found.attrs["probability"] < high and found.attrs["method"] == "SubsetSimulation"
         assert 0.3e-3 < found.attrs["probability"] < 3e-3 and found.attrs["network_calls"] == 24 * found.attrs["model_calls"]
         assert float(found["event_functional"].min()) > 0
+    assert cli.main(["report", "run=.", "out=r.html"]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "Rare events" in page and "of this model&#x27;s law" in page and "data:image/png;base64," in page
     assert cli.main([*common, "out=f.nc", "sampler=ddim", "sampler.steps=20"]) == 2
     refused = capsys.readouterr().err
     assert "understates it" in refused and "accept_sampler" in refused and not (tmp_path / "f.nc").exists()
