@@ -117,7 +117,6 @@ def test_candidates_of_tune_are_shared(ring, monkeypatch, capsys):
         assert (ring / "two.json").exists() == (rank == "0")
     one, two = ([r | {"seconds": 0} for r in json.loads((ring / f"{name}.json").read_text())] for name in ("one", "two"))
     assert one == two and len(one) == 4 and capsys.readouterr().out.count("best: ") == 2
-    assert not list(ring.glob(".two*partial*"))
 
 
 @pytest.mark.slow
