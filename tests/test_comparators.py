@@ -249,7 +249,7 @@ FAST = TrainingConfig(steps=240, batch=32, learning_rate=0.01, warmup=10, valida
 
 def data(fields: Tensor, held: Tensor, base: Checkpoint | None = None, spec: FieldSpec = RING) -> TrainingData:
     samples = [Sample(f, spec.step * torch.arange(f.shape[1], dtype=torch.float64)) for f in (fields, held)]
-    normalizer = {"periods": [], "transforms": {}, "offsets": {}}
+    normalizer = {"periods": [], "transforms": {}, "offsets": {}, "homogeneous": False}
     return TrainingData(spec, *samples, base, normalizer, {"experiment": None, "forcing_periods": []}, {"seed": 0})
 
 

@@ -140,7 +140,7 @@ def test_streamed_fields_are_encoded_as_those_in_memory(tmp_path, space, fields)
     coordinates = {"trajectory": np.arange(2), "time": np.datetime64("1970-01-01", "ns") + np.arange(401) * np.timedelta64(1, "h")}
     write_dataset(SPEC.to_dataset(fields, coordinates), tmp_path / "data.zarr")
     lazy = LazyFields(open_dataset(tmp_path / "data.zarr"), SPEC)
-    normalizer = {"periods": [], "transforms": {}, "offsets": {}}
+    normalizer = {"periods": [], "transforms": {}, "offsets": {}, "homogeneous": False}
     found = []
     for name, given in (("memory", fields), ("streamed", lazy)):
         store = LatentStore(tmp_path / name, 1e9, CPU)

@@ -89,6 +89,18 @@ def test_normalizer_finds_a_known_harmonic():
     assert abs(float(again.std()) - 1) < 1e-3
 
 
+def test_a_homogeneous_climatology_is_that_of_all_cells_pooled():
+    torch.manual_seed(0)
+    fields, times = torch.randn(4, 60, 1, 2, 5, dtype=torch.float64), torch.arange(60.0, dtype=torch.float64) * DAY / 7
+    mask = torch.ones(2, 5)
+    mask[0, 1] = 0
+    model = Normalizer((1, 2, 5), periods=[DAY]).double().fit(fields, times, mask, homogeneous=True)
+    pooled = Normalizer((1, 1, 1), periods=[DAY]).double()
+    pooled.fit(fields[..., mask.bool()].permute(3, 0, 1, 2).reshape(-1, 60, 1, 1, 1), times, torch.ones(1, 1))
+    torch.testing.assert_close(model.coefficients, pooled.coefficients.expand_as(model.coefficients))
+    torch.testing.assert_close(model.scale, pooled.scale)
+
+
 def test_normalizer_ignores_cells_outside_the_mask_in_its_scale():
     mask = torch.tensor([[1.0, 0.0]])
     fields = torch.randn(3, 50, 1, 1, 2, dtype=torch.float64) * torch.tensor([2.0, 100.0])

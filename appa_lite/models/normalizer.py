@@ -111,8 +111,12 @@ class Normalizer(ModelMixin, ConfigMixin):
         return slope * self._by_channel(g, functions) if self.nonlinear else slope
 
     @torch.no_grad()
-    def fit(self, fields: Tensor, time: Tensor, mask: Tensor) -> "Normalizer":
-        """Margins, least squares of the climatology and pooled standard deviations, from fields (N, T, C, H, W) and times (T,)."""
+    def fit(self, fields: Tensor, time: Tensor, mask: Tensor, homogeneous: bool = False) -> "Normalizer":
+        """Margins, least squares of the climatology and pooled standard deviations, from fields (N, T, C, H, W) and times (T,).
+
+        ``homogeneous``: one climatology for all cells. Where every place is alike, differences between cells are sampling errors,
+        which a network that takes all places alike can never undo.
+        """
         self.mask.copy_(mask)
         for i, margin in self.margins.items():
             margin.fit(fields[:, :, int(i)].flatten(0, 1), mask)
@@ -121,7 +125,10 @@ class Normalizer(ModelMixin, ConfigMixin):
         for trajectory in fields:
             moment += torch.einsum("tp,tchw->pchw", features, self.transform(trajectory).double())
         gram = features.T @ features * fields.shape[0]
-        self.coefficients.copy_(torch.linalg.solve(gram, moment.flatten(1)).reshape(moment.shape).to(self.coefficients))
+        coefficients = torch.linalg.solve(gram, moment.flatten(1)).reshape(moment.shape)
+        if homogeneous:
+            coefficients = ((coefficients * mask).sum((-2, -1), keepdim=True) / mask.sum()).expand_as(coefficients)
+        self.coefficients.copy_(coefficients.to(self.coefficients))
         variance = torch.zeros(fields.shape[2], dtype=torch.float64)
         for trajectory in fields:
             anomaly = (self.transform(trajectory) - self.climatology(time)) * self.mask

@@ -68,6 +68,7 @@ def fit_prior(cfg: DictConfig, spec: FieldSpec, fields: Tensor, name: str, seed:
     times = torch.zeros(1, dtype=torch.float64)
     parts = [Sample(part[:, None], times) for part in (fields[:cut], fields[cut:])]
     normalizer = {"periods": [], "transforms": dict.fromkeys(spec.names, PRIORS[name]), "offsets": {}}
+    normalizer["homogeneous"] = cfg.denoiser.homogeneous
     settings = {"experiment": cfg.experiment, "forcing_periods": [], "phase": 0.0}
     data = TrainingData(spec, *parts, None, normalizer, settings, {"seed": seed})
     encoder = OmegaConf.to_container(cfg.autoencoder)

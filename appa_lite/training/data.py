@@ -44,7 +44,7 @@ class TrainingData:
 
     Args:
         spec: of the fields; train: to learn from; held: never trained on; base: checkpoint of a trained autoencoder, or None.
-        normalizer: settings of one to be fitted: ``periods``, and by variable ``transforms`` and ``offsets``.
+        normalizer: settings of one to be fitted: ``periods``, ``homogeneous``, and by variable ``transforms`` and ``offsets``.
         settings: stored with the model: experiment, forcing periods, phase of the frames; record: seed and settings of the training.
         store: of latents, made once for all trainings; None: they stay in memory.
     """
@@ -66,7 +66,7 @@ class TrainingData:
         ]
         fresh = Normalizer(self.spec.shape, list(self.normalizer["periods"]), *pick, self.spec.grid.periodic)
         train = self.train.in_memory()
-        return fresh.fit(train.fields, train.times, self.spec.mask_tensor())
+        return fresh.fit(train.fields, train.times, self.spec.mask_tensor(), self.normalizer["homogeneous"])
 
     def space(self) -> Checkpoint:
         """The latent space to work in: that of the autoencoder given, else normalised fields as they are."""
