@@ -47,8 +47,30 @@ HELPERS = {
         "strategy",
         "zero",
     },
-    "forecasters": {"designs", "ensemble", "event_scores", "initial", "laboratory", "latent_diffusion", "localisation", "posterior", "rollout"},
-    "stages": {"assimilation", "assimilation_twins", "comparison", "device", "event_laws", "heavy_tails", "matrix", "parallel", "prior", "rare_events", "twin"},
+    "forecasters": {
+        "designs",
+        "ensemble",
+        "event_scores",
+        "initial",
+        "laboratory",
+        "latent_diffusion",
+        "localisation",
+        "posterior",
+        "rollout",
+    },
+    "stages": {
+        "assimilation",
+        "assimilation_twins",
+        "comparison",
+        "device",
+        "event_laws",
+        "heavy_tails",
+        "matrix",
+        "parallel",
+        "prior",
+        "rare_events",
+        "twin",
+    },
 }
 #: modules whose trade is to know the leaves: they read what is saved or tabulated and find its class, or chain commands
 ASSEMBLERS = {"observations": {"build"}, "models": {"checkpoint"}, "stages": {"quickstart", "tune"}}
