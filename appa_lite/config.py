@@ -111,7 +111,7 @@ def describe(command: str) -> list[tuple[str, str, str]]:
     """(key, default, meaning) of every key of a command, from the text and comments of its YAML file alone."""
     rows, parents, picked = [], [], {}
     for line in (directory() / f"{command}.yaml").read_text().splitlines():
-        match = re.match(r"^( *)([A-Za-z_]\w*):\s*(.*?)\s*(?:(?:^|\s)#\s*(.*))?$", line)
+        match = re.match(r"^( *)([A-Za-z_]\w*):(?:\s+([^\s#].*?))??\s*(?:\s#\s*(.*))?$", line)
         if not match:
             picked |= dict(re.findall(r"^  - (?:\w+@)?(\w+): (?!null)(\w+)$", line))
             continue
@@ -120,7 +120,7 @@ def describe(command: str) -> list[tuple[str, str, str]]:
         path = [key for _, key in parents] + [name]
         parents.append((len(indent), name))
         if path[0] != "defaults" and (default or meaning):
-            rows.append((".".join(path), picked.get(".".join(path), default), meaning or ""))
+            rows.append((".".join(path), picked.get(".".join(path), default or ""), meaning or ""))
     return rows
 
 

@@ -117,7 +117,7 @@ def test_methods_are_compared_from_the_command_line(tmp_path, capsys, checkout):
     line = ["compare", "experiment=lorenz96_assimilation", "size=debug", "processes=1", f"out={out}"]
     assert main(line) == 0
     records = json.loads((out / "scores.json").read_text())
-    assert {r["system"] for r in records} == {"latent_diffusion", "optimal_interpolation", "enkf", "letkf", "climatology"}
+    assert {r["system"] for r in records} == {"latent_diffusion", "optimal_interpolation", "enkf", "letkf", "climatology", "persistence"}
     assert {r["seed"] for r in records} == {None, 0, 1} and len({tuple(r) for r in records}) == 1
     ours = next(r for r in records if r["system"] == "latent_diffusion")
     assert ours["network_calls"] > 0 and ours["members"] == 4 and ours["seconds_per_member"] > 0

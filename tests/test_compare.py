@@ -94,7 +94,7 @@ def test_forecasts_of_several_truths_share_a_time_axis():
 
 @pytest.mark.parametrize("simulator", [Lorenz96(spinup=100), Lorenz96TwoScale(spinup=60, steps_per_frame=5)], ids=["one", "two"])
 def test_truths_are_exchangeable_with_members_where_states_are_known_with_an_error(simulator):
-    design = Design(trajectories=40, starts=3, spacing=12, history=2, lead=6, members=3, begin=0.0)
+    design = Design(trajectories=40, starts=3, spacing=8, history=2, lead=6, members=3, begin=0.0)
     drawn = analysed(simulator, design, 0.2, 1, None, silent)
     assert drawn.shape == (40, 3, 4, 8, *simulator.spec.shape)
     first = drawn[:, :, :, 0]
@@ -129,6 +129,7 @@ def test_jobs_that_are_done_are_not_run_again_and_failures_name_their_log(tmp_pa
 
 def test_workers_do_not_outlive_who_started_them(tmp_path):
     program = f"""
+from pathlib import Path
 from appa_lite.stages.matrix import Job, Matrix
 if __name__ == "__main__":
     line = ("simulate", "experiment=lorenz96", "frames=100000", "trajectories=1", "out={tmp_path / "a.zarr"}")
