@@ -419,6 +419,8 @@ def test_saved_and_loaded_bit_by_bit(checkpoint, tmp_path):
     torch.testing.assert_close(loaded.denoiser(x, torch.tensor(0.5)), checkpoint.denoiser(x, torch.tensor(0.5)), rtol=1e-5, atol=1e-5)
     written = {p.suffix for p in (tmp_path / "model").rglob("*") if p.is_file()}
     assert written == {".json", ".safetensors"}
+    loaded.save(tmp_path / "again")  # what was loaded forgets from where
+    assert not any(str(tmp_path) in p.read_text() for p in (tmp_path / "again").rglob("*.json"))
 
 
 @pytest.mark.parametrize("homogeneous", [True, False])

@@ -65,6 +65,7 @@ class Checkpoint:
             part = getattr(self, name)
             if part is not None:
                 (_halved(part) if half and name in ("denoiser", "emulator") else part).save_pretrained(directory / name)
+                _forget_origin(directory / name / "config.json")
         record = {"format": 1, "spec": self.spec.to_dict(), "autoencoder": type(self.autoencoder).__name__, "settings": self.settings}
         if self.emulator is not None:
             record["emulator"] = type(self.emulator).__name__
@@ -98,6 +99,13 @@ class Checkpoint:
         climatology = open_dataset(directory / CLIMATOLOGY).load() if (directory / CLIMATOLOGY).is_file() else None
         loaded = {name: _load(kind, directory / name, device) for name, kind in parts.items()}
         return cls(spec, loaded["normalizer"], loaded["autoencoder"], loaded.get("denoiser"), settings, climatology, loaded.get("emulator"))
+
+
+def _forget_origin(config: Path) -> None:
+    """Drop the path that diffusers notes of a part that was loaded: it is the business of whoever trained the model."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _halved(model: LatentDenoiser | Emulator) -> LatentDenoiser | Emulator:
