@@ -173,7 +173,15 @@ class AssimilationTwins:
                     continue
                 label = self._label([initial.parent.name, *keys, *self._weights(self.ahead[name].checkpoint)])
                 out = self.out / "forecasts" / f"{name}-{label}" / f"{n}.zarr"
-                line = ["forecast", *self._common(), *keys, f"lead={length:.0f}s", f"seed={self.cfg.seed + n}", "device=cpu"]
+                line = [
+                    "forecast",
+                    *self._common(),
+                    "members=null",
+                    *keys,
+                    f"lead={length:.0f}s",
+                    f"seed={self.cfg.seed + n}",
+                    "device=cpu",
+                ]
                 line += [f"initial={initial}", f"out={out}"]
                 jobs[name, n] = Job(f"forecast-{name}-{label}/{n}", (tuple(line),), may_diverge=True)
         return jobs
