@@ -210,7 +210,8 @@ def law_picture(episodes: Mapping[str, np.ndarray]) -> Figure:
     left, right = figure.subplots(1, 2)
     levels = np.geomspace(0.1, 60, 60)
     choose = np.random.default_rng(0)
-    for colour, (name, rain) in zip(("C1", "C2", "C4", "C0"), episodes.items(), strict=False):
+    for number, (name, rain) in enumerate(episodes.items(), 1):
+        colour = f"C{number}"
         each = np.stack([1 - np.searchsorted(np.sort(r.ravel()), levels, "right") / r.size for r in rain])
         left.loglog(levels, np.where(each.mean(0) > 0, each.mean(0), np.nan), color=colour, label=f"{name}: {len(rain)} domains")
         right.loglog(*spectrum(rain), color=colour)
